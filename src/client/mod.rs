@@ -1,0 +1,1 @@
+//! Userspace NBD sessions over TLS: what attach and verify connect with.

@@ -1,0 +1,1 @@
+//! The main job, start to end, shown to a doubter.

@@ -1,0 +1,1 @@
+//! Probe, format, check, mount and grow file systems, by executing the system's own tools.

@@ -1,0 +1,21 @@
+//! Hawser: block volumes over NBD, always inside mutually authenticated TLS.
+//!
+//! The folders are the architecture; `docs/design/contracts.md` says which owns what and how they meet.
+
+pub mod attach;
+pub mod client;
+pub mod csi;
+pub mod demo;
+pub mod filesystem;
+pub mod nbd;
+pub mod server;
+pub mod standalone;
+pub mod storage;
+#[expect(
+    unsafe_code,
+    reason = "the kernel interfaces that no safe crate offers live here, and only here"
+)]
+pub mod sys;
+pub mod tls;
+pub mod verify;
+pub mod volumes;

@@ -1,0 +1,1 @@
+//! The NBD server of one volume: sessions, commands, memory budget, extents, control socket.

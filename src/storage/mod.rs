@@ -1,0 +1,1 @@
+//! Pools and backing stores: where volume data lives on a storage host.

@@ -1,0 +1,1 @@
+//! Identities and certificates: Secret-shaped directories, the managed certificate authority, rustls configurations, reload.

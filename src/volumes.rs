@@ -1,0 +1,325 @@
+//! The volumes of this installation: the names everything shares, and the one seam between Kubernetes and a
+//! single machine.
+//!
+//! The CSI services speak to [`Volumes`] only. `standalone` implements it on directories and child processes.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+/// How long a volume id is: `vol-` and 32 hex digits, a valid DNS label.
+const VOLUME_ID_LENGTH: usize = 36;
+
+/// Names one volume: `vol-` and 32 hex digits derived from the CSI name, so that creating twice finds the first.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct VolumeId(String);
+
+/// Names one attachment of a volume to a node: `att-` and 32 random hex digits, made at ControllerPublish.
+///
+/// It is not a secret (a certificate is needed besides), but it is never used again once revoked.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct AttachmentId(String);
+
+/// A text that is not the name it should be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not a {what}: expected {expected}")]
+pub struct InvalidName {
+    what: &'static str,
+    text: String,
+    expected: &'static str,
+}
+
+/// Volume or attachment: a fixed prefix, then 32 lower-case hex digits.
+fn is_hex_name(text: &str, prefix: &str) -> bool {
+    text.len() == VOLUME_ID_LENGTH
+        && text.strip_prefix(prefix).is_some_and(|digits| {
+            digits
+                .bytes()
+                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+        })
+}
+
+macro_rules! hex_name {
+    ($name:ident, $prefix:literal, $what:literal) => {
+        impl $name {
+            /// Names the object with these 16 bytes.
+            #[must_use]
+            pub fn from_bytes(bytes: [u8; 16]) -> Self {
+                Self(format!(
+                    concat!($prefix, "{:032x}"),
+                    u128::from_be_bytes(bytes)
+                ))
+            }
+
+            #[must_use]
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = InvalidName;
+
+            fn try_from(text: String) -> Result<Self, InvalidName> {
+                if is_hex_name(&text, $prefix) {
+                    return Ok(Self(text));
+                }
+                Err(InvalidName {
+                    what: $what,
+                    text: text.chars().take(64).collect(),
+                    expected: concat!($prefix, " and 32 hex digits"),
+                })
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = InvalidName;
+
+            fn from_str(text: &str) -> Result<Self, InvalidName> {
+                Self::try_from(text.to_owned())
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> Self {
+                name.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+hex_name!(VolumeId, "vol-", "volume id");
+hex_name!(AttachmentId, "att-", "attachment id");
+
+/// What a volume holds, settled when it is created.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Content {
+    /// A file system that Hawser makes at the first stage and never again.
+    Filesystem,
+    /// Whatever the pod writes to the raw device: never formatted, never checked.
+    Block,
+}
+
+/// How many consumers may use a volume at one time, as CSI's access modes say it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AccessMode {
+    SingleNodeWriter,
+    SingleNodeReaderOnly,
+    MultiNodeReaderOnly,
+    SingleNodeSingleWriter,
+    SingleNodeMultiWriter,
+}
+
+impl AccessMode {
+    /// Whether one node at most may hold the volume.
+    #[must_use]
+    pub fn is_single_node(self) -> bool {
+        !matches!(self, Self::MultiNodeReaderOnly)
+    }
+
+    /// Whether nobody may write.
+    #[must_use]
+    pub fn is_read_only(self) -> bool {
+        matches!(self, Self::SingleNodeReaderOnly | Self::MultiNodeReaderOnly)
+    }
+}
+
+/// What a StorageClass asks of every volume made from it; parsed and checked by `csi::parameters`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeOptions {
+    pub content: Content,
+    /// Extra parameters that the node needs, handed to it as CSI volume_context.
+    pub context: BTreeMap<String, String>,
+}
+
+/// What to create.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CreateRequest {
+    /// The name the CO chose, at most 128 bytes; the same name means the same volume.
+    pub name: String,
+    /// Bytes wanted at least; a multiple of 4096 results.
+    pub required_bytes: u64,
+    /// Bytes at most, if the CO set a limit.
+    pub limit_bytes: Option<u64>,
+    pub options: VolumeOptions,
+}
+
+/// One allowed attachment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    pub id: AttachmentId,
+    pub node: String,
+    pub read_only: bool,
+    pub mode: AccessMode,
+}
+
+/// How far formatting a volume has come. It only ever moves forward, and is on disk before the next step is taken.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+pub enum Format {
+    /// mkfs was never started: the device must be empty, and may be formatted.
+    #[default]
+    Never,
+    /// mkfs of `fs` was started and nothing was ever mounted: no user's data can be there, mkfs may run again.
+    Started { fs: String },
+    /// mkfs finished: it must never run again, whatever a probe of the device says.
+    Done { fs: String },
+}
+
+/// A volume as the installation knows it now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    pub id: VolumeId,
+    pub name: String,
+    pub size_bytes: u64,
+    pub options: VolumeOptions,
+    pub format: Format,
+    pub attachments: Vec<Attachment>,
+}
+
+/// Room left for new volumes, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capacity {
+    pub available_bytes: u64,
+    pub maximum_volume_bytes: u64,
+}
+
+/// Why an operation on the installation's volumes was refused; `csi::status` maps each kind to a gRPC code.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumesError {
+    #[error("volume {0} does not exist")]
+    NotFound(String),
+    #[error("node {0} does not exist")]
+    NodeNotFound(String),
+    #[error("volume {volume} exists already, but {difference}")]
+    Incompatible { volume: String, difference: String },
+    #[error("volume {volume} is attached to node {node}; detach it there first")]
+    AttachedElsewhere { volume: String, node: String },
+    #[error(
+        "volume {volume} is still attached to node {node}; it is deleted only after it was detached"
+    )]
+    InUse { volume: String, node: String },
+    #[error("{0}")]
+    OutOfRange(String),
+    #[error("{0}")]
+    NoRoom(String),
+    #[error("{0}")]
+    Invalid(String),
+    #[error("node {node} already has {limit} volumes attached, its limit")]
+    NodeFull { node: String, limit: u64 },
+    #[error("volume {volume}: {doing}: try again")]
+    Unavailable {
+        volume: String,
+        doing: String,
+        #[source]
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+    #[error("{doing}")]
+    Internal {
+        doing: String,
+        #[source]
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+}
+
+/// The volumes of this installation. Every call may be repeated, interrupted and raced; each leaves the volume
+/// either as it was or as asked.
+#[tonic::async_trait]
+pub trait Volumes: Send + Sync + 'static {
+    /// Creates the volume, its certificates and its server; returns it if it is there already and compatible.
+    async fn create(&self, request: CreateRequest) -> Result<Volume, VolumesError>;
+
+    /// The volume of that id.
+    async fn find(&self, id: &VolumeId) -> Result<Volume, VolumesError>;
+
+    /// All volumes in the order of their ids, strictly after `after`, at most `most`.
+    async fn list(
+        &self,
+        after: Option<&VolumeId>,
+        most: usize,
+    ) -> Result<Vec<Volume>, VolumesError>;
+
+    /// Deletes the volume, its data, server and certificates; deleting what is not there succeeds.
+    async fn delete(&self, id: &VolumeId) -> Result<(), VolumesError>;
+
+    /// Allows `node` to connect; repeated for the same node, mode and readonly it returns the same attachment.
+    async fn attach(
+        &self,
+        id: &VolumeId,
+        node: &str,
+        mode: AccessMode,
+        read_only: bool,
+    ) -> Result<Attachment, VolumesError>;
+
+    /// Revokes at the server, and returns only when no write of that node can land any more.
+    /// `None` means every node. Detaching what is not attached succeeds.
+    async fn detach(&self, id: &VolumeId, node: Option<&str>) -> Result<(), VolumesError>;
+
+    /// Grows the backing store and the export to `required_bytes` at least; never shrinks. Returns the size.
+    async fn grow(
+        &self,
+        id: &VolumeId,
+        required_bytes: u64,
+        limit_bytes: Option<u64>,
+    ) -> Result<u64, VolumesError>;
+
+    /// Room for new volumes.
+    async fn capacity(&self) -> Result<Capacity, VolumesError>;
+}
+
+/// What a node may ask and say about the volumes it was given: nothing else, so that a node that is taken over
+/// has no more to gain.
+#[tonic::async_trait]
+pub trait NodeVolumes: Send + Sync + 'static {
+    /// The volume of that id, as recorded.
+    async fn find(&self, id: &VolumeId) -> Result<Volume, VolumesError>;
+
+    /// Where the volume's server listens now.
+    async fn endpoint(&self, id: &VolumeId) -> Result<SocketAddr, VolumesError>;
+
+    /// The client Secret of a volume, for a node request that carries no secrets of its own.
+    async fn client_secret(&self, id: &VolumeId)
+    -> Result<BTreeMap<String, Vec<u8>>, VolumesError>;
+
+    /// Records, durably, how far formatting has come. Going back is refused.
+    async fn set_format(&self, id: &VolumeId, format: Format) -> Result<(), VolumesError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_accept_only_their_own_shape() {
+        let id = VolumeId::from_bytes([0xab; 16]);
+        assert_eq!(id.as_str(), "vol-abababababababababababababababab");
+        assert_eq!(id.as_str().parse::<VolumeId>(), Ok(id.clone()));
+        for bad in [
+            "",
+            "vol-",
+            "vol-ABABABABABABABABABABABABABABABAB",
+            "../../../../../../etc/passwd-padding",
+        ] {
+            assert!(bad.parse::<VolumeId>().is_err(), "{bad}");
+        }
+        assert!(id.as_str().parse::<AttachmentId>().is_err());
+    }
+}
