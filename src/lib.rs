@@ -11,7 +11,7 @@ pub mod nbd;
 pub mod server;
 pub mod standalone;
 pub mod storage;
-#[expect(
+#[allow(
     unsafe_code,
     reason = "the kernel interfaces that no safe crate offers live here, and only here"
 )]
