@@ -8,6 +8,7 @@ pub mod csi;
 pub mod demo;
 pub mod filesystem;
 pub mod nbd;
+pub mod proto;
 pub mod server;
 pub mod standalone;
 pub mod storage;

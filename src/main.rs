@@ -1,5 +1,67 @@
 //! The `hawser` command: one subcommand for each role.
 
-fn main() -> std::process::ExitCode {
-    std::process::ExitCode::from(64)
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Block volumes over NBD, always inside mutually authenticated TLS.
+#[derive(Parser)]
+#[command(name = "hawser", version, propagate_version = true)]
+struct Cli {
+    /// What to log: a level, or tracing's filter syntax.
+    #[arg(long, global = true, env = "HAWSER_LOG", default_value = "info")]
+    log: String,
+    /// How to write the log.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    #[command(subcommand)]
+    role: Role,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Subcommand)]
+enum Role {}
+
+/// Exit status of a command line that makes no sense, as in sysexits.h.
+const USAGE: u8 = 64;
+
+fn main() -> ExitCode {
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        let _ = error.print();
+        std::process::exit(if error.use_stderr() { USAGE.into() } else { 0 })
+    });
+    let filter = match EnvFilter::try_new(&cli.log) {
+        Ok(filter) => filter,
+        Err(error) => {
+            eprintln!("hawser: --log {:?}: {error}", cli.log);
+            return ExitCode::from(USAGE);
+        }
+    };
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    match cli.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+    if rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .is_err()
+    {
+        eprintln!("hawser: a crypto provider was installed before ours");
+        return ExitCode::FAILURE;
+    }
+    let result: anyhow::Result<ExitCode> = match cli.role {};
+    result.unwrap_or_else(|error| {
+        eprintln!("hawser: {error:#}");
+        ExitCode::FAILURE
+    })
 }
