@@ -1,0 +1,70 @@
+//! A client's configuration, in two profiles.
+
+use std::sync::Arc;
+
+use rustls::ClientConfig;
+use rustls::client::{Resumption, WantsClientCert};
+use rustls::crypto::CryptoProvider;
+use rustls::crypto::aws_lc_rs::{self, cipher_suite};
+use rustls::version::TLS13;
+
+use super::error::CertificateError;
+use super::provider;
+use super::secret::{Secret, Side, unusable};
+
+/// What becomes of a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// The kernel takes its keys: ChaCha20-Poly1305 only, which has no record limit, so neither side ever has a reason
+    /// for the KeyUpdate that would kill the device (K4).
+    Kernel,
+    /// It stays in userspace: any cipher of TLS 1.3.
+    Probe,
+}
+
+/// A configuration that presents the Secret's certificate and trusts its authorities. The server's name is checked
+/// by every connection made with it.
+pub fn client_config(
+    secret: &Secret,
+    profile: Profile,
+) -> Result<Arc<ClientConfig>, CertificateError> {
+    if secret.side() != Side::Client {
+        return Err(CertificateError::WrongUsage {
+            origin: secret.origin().to_owned(),
+            wanted: "clientAuth",
+        });
+    }
+    let config = builder(secret, profile)?
+        .with_client_auth_cert(secret.chain(), secret.key())
+        .map_err(|source| unusable(secret.origin(), source))?;
+    Ok(finish(config, profile))
+}
+
+/// The same without a certificate: a client that no server of ours may let in.
+pub fn anonymous_client_config(secret: &Secret) -> Result<Arc<ClientConfig>, CertificateError> {
+    let config = builder(secret, Profile::Probe)?.with_no_client_auth();
+    Ok(finish(config, Profile::Probe))
+}
+
+fn builder(
+    secret: &Secret,
+    profile: Profile,
+) -> Result<rustls::ConfigBuilder<ClientConfig, WantsClientCert>, CertificateError> {
+    let provider = match profile {
+        Profile::Probe => provider(),
+        Profile::Kernel => Arc::new(CryptoProvider {
+            cipher_suites: vec![cipher_suite::TLS13_CHACHA20_POLY1305_SHA256],
+            ..aws_lc_rs::default_provider()
+        }),
+    };
+    Ok(ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13])
+        .map_err(|source| unusable(secret.origin(), source))?
+        .with_root_certificates(secret.roots()))
+}
+
+fn finish(mut config: ClientConfig, profile: Profile) -> Arc<ClientConfig> {
+    config.resumption = Resumption::disabled();
+    config.enable_secret_extraction = profile == Profile::Kernel;
+    Arc::new(config)
+}
