@@ -13,3 +13,8 @@
 pub mod control {
     tonic::include_proto!("hawser.control.v1");
 }
+
+/// The Container Storage Interface 1.13.
+pub mod csi {
+    tonic::include_proto!("csi.v1");
+}

@@ -1,0 +1,3 @@
+//! The CSI interface as others see it.
+
+mod published;
