@@ -1,0 +1,97 @@
+//! gRPC over unix sockets: binding so that only our own user can connect, and connecting.
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use hyper_util::rt::TokioIo;
+use tokio::net::{UnixListener, UnixStream};
+use tonic::transport::{Channel, Endpoint};
+
+/// The longest path of a socket, in bytes: sun_path has 108 with its NUL.
+pub const LONGEST_PATH: usize = 107;
+
+/// Listens on a socket of mode 0600. A socket that nobody answers on is a dead process' and is replaced; one that is
+/// answered is in use.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    if path.as_os_str().len() > LONGEST_PATH {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("a socket's path has at most {LONGEST_PATH} bytes"),
+        ));
+    }
+    match std::fs::symlink_metadata(path) {
+        Ok(there) if !there.file_type().is_socket() => {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "something that is not a socket is in the way",
+            ));
+        }
+        _ => {}
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Ok(_) => {
+            return Err(io::Error::new(
+                io::ErrorKind::AddrInUse,
+                "another process answers on this socket",
+            ));
+        }
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path)?;
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    // Bound beside and renamed: nobody can connect before the mode is set.
+    let mut beside = path.as_os_str().to_owned();
+    beside.push("~");
+    let beside = PathBuf::from(beside);
+    match std::fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&beside)?;
+    std::fs::set_permissions(&beside, std::fs::Permissions::from_mode(0o600))?;
+    std::fs::rename(&beside, path)?;
+    Ok(listener)
+}
+
+/// Connects to a socket.
+pub async fn connect(path: &Path) -> Result<Channel, tonic::transport::Error> {
+    let path = path.to_owned();
+    // The authority is not used on a unix socket, but HTTP/2 wants one.
+    Endpoint::from_static("http://localhost")
+        .connect_with_connector(tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        }))
+        .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_dead_socket_is_replaced_and_a_live_one_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let first = bind(&path).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert_eq!(
+            bind(&path).map_err(|error| error.kind()).unwrap_err(),
+            io::ErrorKind::AddrInUse
+        );
+        drop(first);
+        bind(&path).unwrap();
+        std::fs::write(directory.path().join("file"), "not a socket").unwrap();
+        assert!(bind(&directory.path().join("file")).is_err());
+        assert_eq!(
+            std::fs::read(directory.path().join("file")).unwrap(),
+            b"not a socket"
+        );
+        let long = directory.path().join("x".repeat(100));
+        assert!(bind(&long).is_err());
+    }
+}
