@@ -1,0 +1,34 @@
+//! Writing so that a crash at any point leaves the old or the new, and so that what was answered stays.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+/// Puts `bytes` in place of the file `name` in `directory`, in one step and durably. The file has mode 0600.
+pub fn replace(directory: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let fresh = directory.join(format!(".{name}.new"));
+    let written = write(&fresh, bytes).and_then(|()| fs::rename(&fresh, directory.join(name)));
+    if let Err(error) = written {
+        // What is half written takes room on a disk that may be full.
+        let _ = fs::remove_file(&fresh);
+        return Err(error);
+    }
+    sync(directory)
+}
+
+fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// Makes the entries of a directory durable: names made, renamed and removed.
+pub(super) fn sync(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
+}
