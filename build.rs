@@ -1,13 +1,13 @@
 //! Compiles the protocol definitions in `proto/` to Rust, without protoc.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["proto/control.proto", "proto/csi.proto"];
-    for file in files {
-        println!("cargo::rerun-if-changed={file}");
-    }
-    let descriptors = protox::compile(files, ["proto"])?;
+    println!("cargo::rerun-if-changed=proto");
+    tonic_prost_build::configure()
+        .compile_fds(protox::compile(["proto/control.proto"], ["proto"])?)?;
+
+    let csi = protox::compile(["proto/csi.proto"], ["proto"])?;
     // A message that carries secrets has no Debug, so that no log line can print one by accident.
-    let secretive: Vec<String> = descriptors
+    let secretive: Vec<String> = csi
         .file
         .iter()
         .flat_map(|file| file.message_type.iter().map(move |m| (file.package(), m)))
@@ -16,6 +16,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .collect();
     tonic_prost_build::configure()
         .skip_debug(secretive)
-        .compile_fds(descriptors)?;
+        // A call that a plugin does not declare is answered with UNIMPLEMENTED.
+        .generate_default_stubs(true)
+        .compile_fds(csi)?;
     Ok(())
 }

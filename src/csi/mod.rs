@@ -1,1 +1,70 @@
 //! The CSI gRPC services, and the one place where errors become status codes.
+//!
+//! They know the volumes of the installation through [`Volumes`] and [`NodeVolumes`], the kernel's devices through
+//! [`Devices`], and not which role hosts them: a role builds [`Services`] and serves [`router`] on a socket.
+
+mod capability;
+mod controller;
+mod identity;
+mod locks;
+#[cfg(test)]
+mod memory;
+mod node;
+mod parameters;
+mod request;
+mod status;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tonic::transport::Server;
+use tonic::transport::server::Router;
+
+pub use self::node::{Attach, Device, Devices};
+pub use self::parameters::{Parameters, Verify};
+use crate::proto::csi::controller_server::ControllerServer;
+use crate::proto::csi::identity_server::IdentityServer;
+use crate::proto::csi::node_server::NodeServer;
+use crate::volumes::{NodeVolumes, Volumes};
+
+/// What the driver is called in StorageClasses and PersistentVolumes.
+pub const DRIVER_NAME: &str = "csi.hawser.dev";
+
+/// Key of publish_context: the attachment that ControllerPublish allowed.
+const ATTACHMENT: &str = "attachment";
+/// Key of publish_context: whether that attachment may not write.
+const READ_ONLY: &str = "readOnly";
+
+/// What is to be served.
+pub struct Services {
+    /// Serves the Controller service on these volumes.
+    pub controller: Option<Arc<dyn Volumes>>,
+    /// Serves the Node service.
+    pub node: Option<NodeServices>,
+}
+
+/// What the Node service stands on.
+pub struct NodeServices {
+    /// How this machine is called: what NodeGetInfo says and ControllerPublish gets. 256 bytes at most.
+    pub node_id: String,
+    /// Volumes that can be attached here at one time; 0 sets no limit.
+    pub maximum_volumes: u32,
+    pub volumes: Arc<dyn NodeVolumes>,
+    pub devices: Arc<dyn Devices>,
+    /// A directory that outlives a restart, for a record of each volume that is staged here.
+    pub state: PathBuf,
+}
+
+/// The services, ready for a socket: see [`Router::serve_with_incoming_shutdown`].
+#[must_use]
+pub fn router(services: Services) -> Router {
+    let identity = identity::IdentityService {
+        has_controller: services.controller.is_some(),
+    };
+    let controller = services.controller.map(controller::ControllerService::new);
+    let node = services.node.map(node::NodeService::new);
+    Server::builder()
+        .add_service(IdentityServer::new(identity))
+        .add_optional_service(controller.map(ControllerServer::new))
+        .add_optional_service(node.map(NodeServer::new))
+}

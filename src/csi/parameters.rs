@@ -1,0 +1,259 @@
+//! What a StorageClass may ask for, as CreateVolume's `parameters` and afterwards as `volume_context`.
+//!
+//! | parameter | values | default |
+//! |---|---|---|
+//! | `connections` | 1 to 16: connections of one attachment | 2 |
+//! | `verify` | `strict`: no attachment to a server that fails verification; `warn`; `off` | `strict` |
+//! | `ioTimeout` | 2 to 300 seconds until a request on a dead connection is sent again | 10 |
+//! | `reconnectTimeout` | 10 to 86400 seconds that I/O waits for a server before it fails | 600 |
+//! | `csi.storage.k8s.io/fstype` | `ext4`, `xfs`, `btrfs`, where the capability names none | `ext4` |
+//!
+//! What is not in the table is refused by name: a misspelt parameter must not silently mean its default.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use tonic::Status;
+
+use super::status::invalid;
+use crate::filesystem::Kind;
+
+const CONNECTIONS: &str = "connections";
+const VERIFY: &str = "verify";
+const IO_TIMEOUT: &str = "ioTimeout";
+const RECONNECT_TIMEOUT: &str = "reconnectTimeout";
+pub(super) const FS_TYPE: &str = "csi.storage.k8s.io/fstype";
+
+/// What csi-provisioner adds to say for whom a volume is made (`--extra-create-metadata`). Nothing depends on it.
+const METADATA: [&str; 3] = [
+    "csi.storage.k8s.io/pvc/name",
+    "csi.storage.k8s.io/pvc/namespace",
+    "csi.storage.k8s.io/pv/name",
+];
+
+/// What Kubernetes adds to a volume's context: about the pod (podInfoOnMount), and who provisioned it.
+const FOREIGN_CONTEXT: [&str; 2] = ["csi.storage.k8s.io/", "storage.kubernetes.io/"];
+
+const CONNECTIONS_RANGE: RangeInclusive<u64> = 1..=16;
+const IO_TIMEOUT_RANGE: RangeInclusive<u64> = 2..=300;
+const RECONNECT_TIMEOUT_RANGE: RangeInclusive<u64> = 10..=86_400;
+
+/// What happens when a server fails the verification at attach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Verify {
+    /// The volume is not attached.
+    #[default]
+    Strict,
+    /// It is attached, and the log says what was found.
+    Warn,
+    /// Nothing is verified.
+    Off,
+}
+
+/// How a volume is attached and formatted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parameters {
+    pub connections: u8,
+    pub verify: Verify,
+    /// How long the kernel waits for a reply on a connection before it sends the request on another one. It is the
+    /// pause of requests in flight when a server restarts.
+    pub io_timeout: Duration,
+    /// How long I/O waits while there is no connection at all before it fails.
+    pub reconnect_timeout: Duration,
+    /// The file system of a volume whose capability leaves it open.
+    pub kind: Option<Kind>,
+}
+
+impl Default for Parameters {
+    fn default() -> Self {
+        Self {
+            connections: 2,
+            verify: Verify::default(),
+            io_timeout: Duration::from_secs(10),
+            reconnect_timeout: Duration::from_secs(600),
+            kind: None,
+        }
+    }
+}
+
+impl Parameters {
+    /// Takes CreateVolume's `parameters`, in which every key must be known.
+    pub(super) fn parse(map: &HashMap<String, String>) -> Result<Self, Status> {
+        Self::read(map, |key| METADATA.contains(&key))
+            .map_err(|problems| invalid(format!("parameters: {problems}")))
+    }
+
+    /// Takes a `volume_context`, to which Kubernetes adds keys of its own.
+    pub(super) fn parse_context(map: &HashMap<String, String>) -> Result<Self, Status> {
+        Self::read(map, |key| {
+            FOREIGN_CONTEXT.iter().any(|prefix| key.starts_with(prefix))
+        })
+        .map_err(|problems| invalid(format!("volume_context: {problems}")))
+    }
+
+    /// What was recorded in a volume's own context.
+    pub(super) fn recorded(context: &BTreeMap<String, String>) -> Result<Self, Status> {
+        let map = context
+            .iter()
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect();
+        Self::parse_context(&map)
+    }
+
+    /// The parameters of `map` that a node needs. Defaults are left out: a volume follows them to the next version.
+    pub(super) fn context(map: &HashMap<String, String>) -> BTreeMap<String, String> {
+        map.iter()
+            .filter(|(key, _)| !METADATA.contains(&key.as_str()))
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect()
+    }
+
+    /// Reads `map`, passing over unknown keys that `foreign` allows; all problems are told at once.
+    fn read(map: &HashMap<String, String>, foreign: impl Fn(&str) -> bool) -> Result<Self, String> {
+        let mut parameters = Self::default();
+        let mut problems = Vec::new();
+        // In a fixed order, so that the same mistake is the same message.
+        for (key, value) in map.iter().collect::<BTreeMap<_, _>>() {
+            if let Err(problem) = parameters.set(key, value, &foreign) {
+                problems.push(problem);
+            }
+        }
+        if problems.is_empty() {
+            Ok(parameters)
+        } else {
+            Err(problems.join("; "))
+        }
+    }
+
+    fn set(
+        &mut self,
+        key: &str,
+        value: &str,
+        foreign: impl Fn(&str) -> bool,
+    ) -> Result<(), String> {
+        match key {
+            CONNECTIONS => {
+                let number = number(key, value, CONNECTIONS_RANGE)?;
+                self.connections = u8::try_from(number).map_err(|error| error.to_string())?;
+            }
+            IO_TIMEOUT => self.io_timeout = seconds(key, value, IO_TIMEOUT_RANGE)?,
+            RECONNECT_TIMEOUT => {
+                self.reconnect_timeout = seconds(key, value, RECONNECT_TIMEOUT_RANGE)?;
+            }
+            VERIFY => {
+                self.verify = match value {
+                    "strict" => Verify::Strict,
+                    "warn" => Verify::Warn,
+                    "off" => Verify::Off,
+                    other => return Err(format!("{key} {other:?} is none of strict, warn, off")),
+                }
+            }
+            FS_TYPE => {
+                self.kind = match value {
+                    "" => None,
+                    text => Some(text.parse().map_err(|error| format!("{key}: {error}"))?),
+                }
+            }
+            key if foreign(key) => {}
+            key => {
+                return Err(format!(
+                    "{key:?} is unknown; there are {CONNECTIONS}, {VERIFY}, {IO_TIMEOUT}, \
+                     {RECONNECT_TIMEOUT}, {FS_TYPE}"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn number(key: &str, value: &str, range: RangeInclusive<u64>) -> Result<u64, String> {
+    match value.parse() {
+        Ok(number) if range.contains(&number) => Ok(number),
+        _ => Err(format!(
+            "{key} {value:?} is not a whole number from {} to {}",
+            range.start(),
+            range.end()
+        )),
+    }
+}
+
+fn seconds(key: &str, value: &str, range: RangeInclusive<u64>) -> Result<Duration, String> {
+    number(key, value, range).map(Duration::from_secs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+        pairs
+            .iter()
+            .map(|&(key, value)| (key.to_owned(), value.to_owned()))
+            .collect()
+    }
+
+    #[test]
+    fn a_class_may_ask_for_what_the_table_says() {
+        let asked = map(&[
+            ("connections", "4"),
+            ("verify", "warn"),
+            ("ioTimeout", "5"),
+            ("reconnectTimeout", "86400"),
+            ("csi.storage.k8s.io/fstype", "btrfs"),
+            ("csi.storage.k8s.io/pvc/name", "data"),
+        ]);
+        let parsed = Parameters::parse(&asked).unwrap();
+        assert_eq!(
+            parsed,
+            Parameters {
+                connections: 4,
+                verify: Verify::Warn,
+                io_timeout: Duration::from_secs(5),
+                reconnect_timeout: Duration::from_secs(86_400),
+                kind: Some(Kind::Btrfs),
+            }
+        );
+        let context = Parameters::context(&asked);
+        assert!(!context.contains_key("csi.storage.k8s.io/pvc/name"));
+        assert_eq!(Parameters::recorded(&context).unwrap(), parsed);
+        assert_eq!(Parameters::parse(&map(&[])).unwrap(), Parameters::default());
+    }
+
+    #[test]
+    fn each_unknown_or_senseless_parameter_is_named() {
+        for (key, value) in [
+            ("conections", "4"),
+            ("connections", "0"),
+            ("connections", "17"),
+            ("connections", "four"),
+            ("connections", ""),
+            ("connections", "99999999999999999999999"),
+            ("verify", "Strict"),
+            ("ioTimeout", "1"),
+            ("ioTimeout", "10s"),
+            ("reconnectTimeout", "-1"),
+            ("csi.storage.k8s.io/fstype", "zfs"),
+            ("csi.storage.k8s.io/nonsense", "1"),
+        ] {
+            let refused = Parameters::parse(&map(&[(key, value)])).unwrap_err();
+            assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+            assert!(refused.message().contains(key), "{}", refused.message());
+        }
+        let both = Parameters::parse(&map(&[("one", ""), ("two", "")])).unwrap_err();
+        assert!(both.message().contains("one") && both.message().contains("two"));
+    }
+
+    #[test]
+    fn a_context_may_carry_what_kubernetes_adds() {
+        let context = map(&[
+            ("csi.storage.k8s.io/pod.name", "web-0"),
+            ("storage.kubernetes.io/csiProvisionerIdentity", "1-2-hawser"),
+        ]);
+        assert_eq!(
+            Parameters::parse_context(&context).unwrap(),
+            Parameters::default()
+        );
+        assert!(Parameters::parse_context(&map(&[("device", "/dev/sda")])).is_err());
+    }
+}
