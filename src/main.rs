@@ -27,7 +27,9 @@ enum LogFormat {
 }
 
 #[derive(Subcommand)]
-enum Role {}
+enum Role {
+    Serve(hawser::server::Args),
+}
 
 /// Exit status of a command line that makes no sense, as in sysexits.h.
 const USAGE: u8 = 64;
@@ -59,7 +61,9 @@ fn main() -> ExitCode {
         eprintln!("hawser: a crypto provider was installed before ours");
         return ExitCode::FAILURE;
     }
-    let result: anyhow::Result<ExitCode> = match cli.role {};
+    let result: anyhow::Result<ExitCode> = match cli.role {
+        Role::Serve(args) => hawser::server::run(args),
+    };
     result.unwrap_or_else(|error| {
         eprintln!("hawser: {error:#}");
         ExitCode::FAILURE

@@ -1,0 +1,82 @@
+//! Making data durable, for all who wait at once.
+//!
+//! One fdatasync serves every FLUSH and FUA that asked before it began, of all sessions: what it covers is the
+//! file, not a connection (C53). So a crowd of flushes takes one worker and not all of them.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::store::{Store, Trouble};
+use super::workers::Workers;
+
+type Waiting = Box<dyn FnOnce(Result<(), Trouble>) + Send>;
+
+/// Where FLUSH and FUA wait.
+pub(super) struct Commits {
+    store: Arc<Store>,
+    workers: Workers,
+    state: Mutex<State>,
+    /// Called once, when the system is found to have lost writes.
+    on_loss: Box<dyn Fn() + Send + Sync>,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: Vec<Waiting>,
+    running: bool,
+    loss_told: bool,
+}
+
+impl Commits {
+    pub(super) fn new(
+        store: Arc<Store>,
+        workers: Workers,
+        on_loss: impl Fn() + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            store,
+            workers,
+            state: Mutex::default(),
+            on_loss: Box::new(on_loss),
+        }
+    }
+
+    /// Calls `done` when everything that was written until now is durable.
+    pub(super) fn request(
+        self: &Arc<Self>,
+        done: impl FnOnce(Result<(), Trouble>) + Send + 'static,
+    ) {
+        let mut state = self.state();
+        state.waiting.push(Box::new(done));
+        if state.running {
+            return;
+        }
+        state.running = true;
+        drop(state);
+        let commits = Arc::clone(self);
+        self.workers.submit(move || commits.run());
+    }
+
+    fn run(&self) {
+        loop {
+            let mut state = self.state();
+            if state.waiting.is_empty() {
+                state.running = false;
+                return;
+            }
+            let served = std::mem::take(&mut state.waiting);
+            drop(state);
+            let result = self.store.flush();
+            if self.store.has_lost_writes() && !std::mem::replace(&mut self.state().loss_told, true)
+            {
+                (self.on_loss)();
+            }
+            for done in served {
+                done(result);
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

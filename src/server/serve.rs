@@ -1,0 +1,386 @@
+//! `hawser serve`: from the command line to the end of the process.
+
+use std::fs::File;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use rustix::fs::{FlockOperation, Mode, flock};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio_stream::wrappers::UnixListenerStream;
+use tracing::{error, info, warn};
+
+use super::attachments::Attachments;
+use super::budget::Budget;
+use super::commit::Commits;
+use super::control::{self, ControlService, Drain};
+use super::epoch::Epoch;
+use super::exports::{Exports, Order};
+use super::reception::Reception;
+use super::service::{Refusals, Service};
+use super::store::Store;
+use super::wake::Wake;
+use super::workers::Workers;
+use crate::nbd::{ExportName, MAX_PAYLOAD};
+use crate::proto::control::control_server::ControlServer;
+use crate::tls::{self, Refresh, ServerOptions, ServerTls};
+use crate::volumes::VolumeId;
+
+/// Memory of one session's requests: the largest request there may be.
+const PER_SESSION: usize = MAX_PAYLOAD as usize + (1 << 20);
+
+/// How often the certificate files are looked at.
+const RELOAD: Duration = Duration::from_secs(2);
+
+/// How long sessions have to finish what they began; Kubernetes kills a pod after 30 s.
+const DRAIN: Duration = Duration::from_secs(20);
+
+/// How long those who wait on the control socket have to take their answers.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
+
+/// Serve one volume, or one file, over NBD inside mutual TLS.
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["volume", "file"]))]
+pub struct Args {
+    /// The volume to serve; whom to, the control socket says.
+    #[arg(long, value_name = "ID", requires_all = ["directory", "control"])]
+    volume: Option<VolumeId>,
+    /// The volume's directory in its pool.
+    #[arg(long, value_name = "DIR", requires = "volume")]
+    directory: Option<PathBuf>,
+    /// Where to make the control socket.
+    #[arg(long, value_name = "SOCKET", requires = "volume")]
+    control: Option<PathBuf>,
+    /// A file or block device to serve as it is, without control socket.
+    #[arg(long, requires_all = ["export", "client"])]
+    file: Option<PathBuf>,
+    /// The name clients ask for.
+    #[arg(long, value_name = "NAME", requires = "file", value_parser = export_name)]
+    export: Option<ExportName>,
+    /// A DNS name, URI or common name that a client's certificate may have.
+    #[arg(long, value_name = "NAME", requires = "file", num_args = 1..)]
+    client: Vec<String>,
+    /// Refuse every write.
+    #[arg(long, requires = "file")]
+    read_only: bool,
+    /// tls.crt, tls.key and ca.crt, or the names libnbd and QEMU have for them. Read again when they change.
+    #[arg(long, value_name = "DIR")]
+    certificates: PathBuf,
+    /// Where to listen; port 0 takes a free one.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:10809")]
+    listen: SocketAddr,
+    /// Allow TLS 1.2 with AEAD ciphers, for userspace clients that have nothing newer.
+    #[arg(long)]
+    tls12: bool,
+    /// Memory for the requests in flight of all clients together, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 128, value_parser = clap::value_parser!(u32).range(64..=65536))]
+    request_memory: u32,
+}
+
+fn export_name(text: &str) -> Result<ExportName, crate::nbd::InvalidExportName> {
+    ExportName::try_from(text)
+}
+
+/// What the two ways to serve have different.
+struct Subject {
+    store: Arc<Store>,
+    clients: Vec<String>,
+    exports: Arc<Exports>,
+    description: Option<String>,
+    volume: Option<OpenVolume>,
+}
+
+/// A volume that is open, and locked until the process ends.
+struct OpenVolume {
+    id: VolumeId,
+    attachments: Arc<Attachments>,
+    epoch: Arc<Mutex<Epoch>>,
+    control: PathBuf,
+    _lock: File,
+}
+
+/// Serves until told to stop.
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    // Nothing that is made here is for others: neither the control socket nor the records.
+    rustix::process::umask(Mode::RWXG | Mode::RWXO);
+    let subject = Subject::open(&args)?;
+    let tls = ServerTls::load(
+        &args.certificates,
+        ServerOptions {
+            tls12: args.tls12,
+            clients: subject.clients.clone(),
+        },
+    )?;
+    let listener =
+        TcpListener::bind(args.listen).with_context(|| format!("listen on {}", args.listen))?;
+    let address = listener.local_addr().context("find the address")?;
+    let service = Arc::new(service(&subject, tls, args.request_memory));
+    let wake = Arc::new(Wake::new().context("make an eventfd")?);
+    Reception::new(Arc::clone(&service), listener, Arc::clone(&wake))
+        .and_then(Reception::start)
+        .context("start to accept connections")?;
+    info!(
+        %address,
+        size = service.store.size(),
+        description = service.description.as_deref().unwrap_or("none"),
+        "serving"
+    );
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(4)
+        .build()
+        .context("start the control runtime")?;
+    let ended = runtime.block_on(attend(&service, subject.volume, address, &wake));
+    // Who was told twice to stop does not wait for a disk.
+    runtime.shutdown_background();
+    ended
+}
+
+impl Subject {
+    fn open(args: &Args) -> anyhow::Result<Self> {
+        let exports = Arc::new(Exports::default());
+        match (args, &args.volume, &args.file) {
+            (
+                Args {
+                    directory: Some(directory),
+                    control: Some(control),
+                    ..
+                },
+                Some(id),
+                None,
+            ) => Self::volume(id, directory, control, exports),
+            (
+                Args {
+                    export: Some(name), ..
+                },
+                None,
+                Some(file),
+            ) => {
+                let store = Store::open(file, args.read_only)?;
+                store.lock(args.read_only)?;
+                exports.allow(name.clone(), args.read_only);
+                Ok(Self {
+                    store: Arc::new(store),
+                    clients: args.client.clone(),
+                    exports,
+                    description: None,
+                    volume: None,
+                })
+            }
+            _ => bail!("give --volume with --directory and --control, or --file with --export"),
+        }
+    }
+
+    fn volume(
+        id: &VolumeId,
+        directory: &Path,
+        control: &Path,
+        exports: Arc<Exports>,
+    ) -> anyhow::Result<Self> {
+        let lock = lock(&directory.join("lock"))?;
+        let store = Store::open(&directory.join("data"), false)?;
+        let epoch = Epoch::open(directory)?;
+        let attachments = Attachments::load(directory, id.clone(), Arc::clone(&exports))?;
+        Ok(Self {
+            store: Arc::new(store),
+            clients: vec![tls::client_identity(id)],
+            exports,
+            description: Some(format!("hawser volume={id} epoch={}", epoch.number())),
+            volume: Some(OpenVolume {
+                id: id.clone(),
+                attachments: Arc::new(attachments),
+                epoch: Arc::new(Mutex::new(epoch)),
+                control: control.to_owned(),
+                _lock: lock,
+            }),
+        })
+    }
+}
+
+/// Takes the volume for this process: the kernel gives it back when the process ends, however that comes.
+fn lock(path: &Path) -> anyhow::Result<File> {
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .with_context(|| format!("{}: open the lock", path.display()))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            bail!("{}: another server serves this volume", path.display())
+        }
+        Err(errno) => Err(errno).with_context(|| format!("{}: lock", path.display())),
+    }
+}
+
+fn service(subject: &Subject, tls: ServerTls, request_memory: u32) -> Service {
+    let workers = Workers::default();
+    let epoch = subject
+        .volume
+        .as_ref()
+        .map(|volume| Arc::clone(&volume.epoch));
+    let on_loss = move || {
+        error!("the system lost writes that were acknowledged: this volume's epoch ends here");
+        let Some(epoch) = &epoch else {
+            return;
+        };
+        if let Err(problem) = epoch.lock().unwrap_or_else(PoisonError::into_inner).lose() {
+            error!("{problem}");
+        }
+    };
+    Service {
+        store: Arc::clone(&subject.store),
+        commits: Arc::new(Commits::new(
+            Arc::clone(&subject.store),
+            workers.clone(),
+            on_loss,
+        )),
+        workers,
+        budget: Arc::new(Budget::new((request_memory as usize) << 20, PER_SESSION)),
+        exports: Arc::clone(&subject.exports),
+        tls,
+        description: subject.description.clone(),
+        listed: subject.volume.is_none(),
+        limits: crate::nbd::server::Limits::default(),
+        draining: AtomicBool::new(false),
+        negotiating: AtomicUsize::new(0),
+        refused: Refusals::default(),
+        started: Instant::now(),
+    }
+}
+
+/// Answers the control socket and signals, and keeps the certificates fresh, until the end.
+async fn attend(
+    service: &Arc<Service>,
+    volume: Option<OpenVolume>,
+    address: SocketAddr,
+    wake: &Wake,
+) -> anyhow::Result<ExitCode> {
+    let (drain, mut wanted) = watch::channel(Drain::No);
+    // Else a write beyond RLIMIT_FSIZE kills the process, instead of failing with EFBIG.
+    let _beyond_limit = signal(SignalKind::from_raw(SIGXFSZ))?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    let control = match &volume {
+        None => None,
+        Some(volume) => Some(start_control(service, volume, address, &drain)?),
+    };
+    println!("listening on {address}");
+    let mut reload = tokio::time::interval(RELOAD);
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hang_up.recv() => break,
+            _ = wanted.wait_for(|state| *state == Drain::Wanted) => break,
+            _ = reload.tick() => refresh(service),
+        }
+    }
+    info!("shutting down");
+    let ended = tokio::select! {
+        ended = finish(service, volume.as_ref(), wake) => ended,
+        _ = terminate.recv() => Err("stopped by a second signal".to_owned()),
+        _ = interrupt.recv() => Err("stopped by a second signal".to_owned()),
+    };
+    drain.send_replace(Drain::Done(ended.clone()));
+    if let Some(control) = control {
+        let _ = tokio::time::timeout(LAST_ANSWERS, control).await;
+    }
+    if let Some(volume) = &volume {
+        let _ = std::fs::remove_file(&volume.control);
+    }
+    match ended {
+        Ok(()) => {
+            info!("ended, and everything is durable");
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(problem) => {
+            error!("ended: {problem}");
+            Ok(ExitCode::FAILURE)
+        }
+    }
+}
+
+/// signal(7): sent when a write exceeds RLIMIT_FSIZE; the same number on all of Linux but MIPS.
+const SIGXFSZ: i32 = 25;
+
+fn refresh(service: &Service) {
+    match service.tls.refresh() {
+        Refresh::Unchanged => {}
+        Refresh::Reloaded => info!("certificates reloaded, for new sessions"),
+        Refresh::Kept(problem) => warn!("new certificate files are not used: {problem}"),
+    }
+}
+
+fn start_control(
+    service: &Arc<Service>,
+    volume: &OpenVolume,
+    address: SocketAddr,
+    drain: &watch::Sender<Drain>,
+) -> anyhow::Result<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>> {
+    let socket = control::bind(&volume.control)
+        .with_context(|| format!("{}: make the control socket", volume.control.display()))?;
+    let epoch = volume
+        .epoch
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .number();
+    let control = ControlService {
+        service: Arc::clone(service),
+        attachments: Arc::clone(&volume.attachments),
+        volume: volume.id.clone(),
+        address: address.to_string(),
+        epoch,
+        drain: drain.clone(),
+    };
+    let mut done = drain.subscribe();
+    let server = tonic::transport::Server::builder()
+        .add_service(ControlServer::new(control))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(socket), async move {
+            let _ = done.wait_for(|state| matches!(state, Drain::Done(_))).await;
+        });
+    Ok(tokio::spawn(server))
+}
+
+/// Lets everybody finish, and makes everything durable.
+async fn finish(
+    service: &Arc<Service>,
+    volume: Option<&OpenVolume>,
+    wake: &Wake,
+) -> Result<(), String> {
+    service.draining.store(true, Ordering::Release);
+    wake.wake();
+    service.exports.drain();
+    if tokio::time::timeout(DRAIN, service.exports.vacated(None))
+        .await
+        .is_err()
+    {
+        warn!(
+            "sessions that did not finish in {} s are closed",
+            DRAIN.as_secs()
+        );
+        service.exports.order(None, Order::Close);
+        service.exports.vacated(None).await;
+    }
+    let store = Arc::clone(&service.store);
+    let epoch = volume.map(|volume| Arc::clone(&volume.epoch));
+    tokio::task::spawn_blocking(move || {
+        store
+            .flush()
+            .map_err(|trouble| format!("not everything is durable: {trouble}"))?;
+        let Some(epoch) = epoch else {
+            return Ok(());
+        };
+        let mut epoch = epoch.lock().unwrap_or_else(PoisonError::into_inner);
+        epoch.close().map_err(|error| error.to_string())
+    })
+    .await
+    .map_err(|error| error.to_string())?
+}
