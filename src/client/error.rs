@@ -40,6 +40,15 @@ impl ClientError {
     pub fn is_violation(&self) -> bool {
         match *self.reason {
             Reason::TimedOut(_) => self.step != Step::Connect,
+            Reason::Tls(ref error) => matches!(
+                error,
+                rustls::Error::InvalidMessage(_)
+                    | rustls::Error::PeerMisbehaved(_)
+                    | rustls::Error::InappropriateMessage { .. }
+                    | rustls::Error::InappropriateHandshakeMessage { .. }
+                    | rustls::Error::DecryptError
+                    | rustls::Error::PeerSentOversizedRecord
+            ),
             Reason::NotTls(_)
             | Reason::Fault(_)
             | Reason::Malformed(_)

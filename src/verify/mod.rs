@@ -1,1 +1,108 @@
-//! The verification battery and its reports.
+//! The verification battery: whether a server's TLS is real, and its negotiation right, asked of the server itself.
+//!
+//! Each check is a small value with a stable id, run on sessions of its own before the device is used. Checks only
+//! read, run side by side, and each has a deadline, so that a hostile server can neither stall an attach nor harm
+//! the volume.
+
+mod certificates;
+mod check;
+mod contexts;
+mod extents;
+mod plaintext;
+mod policy;
+mod report;
+mod secured;
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use self::check::Subject;
+pub use self::check::{Check, Outcome, Severity};
+pub use self::policy::{Policy, Refused, UnknownPolicy};
+pub use self::report::{Examined, Report};
+/// What is verified: how a genuine client reaches its export.
+pub use crate::client::Target;
+
+/// How long one check may take, where the target does not say less. A server that is slower than this at a handful
+/// of messages is not one to put a file system on.
+const CHECK: Duration = Duration::from_secs(5);
+
+/// Checks that run at a time: few enough that a server's limit on handshakes has room for real clients.
+const AT_A_TIME: usize = 8;
+
+/// All checks, in the order of a session's life.
+pub static CHECKS: &[Check] = &[
+    plaintext::OPTIONS_REFUSED,
+    plaintext::REFUSALS_ALIKE,
+    plaintext::EXPORT_NAME_CLOSES,
+    plaintext::INJECTION_DEAD,
+    plaintext::STATE_DROPPED,
+    certificates::ANONYMOUS_REFUSED,
+    certificates::FOREIGN_REFUSED,
+    secured::SECOND_STARTTLS_REFUSED,
+    secured::BLOCK_STATUS_REFUSED,
+    secured::READ_SIMPLE,
+    contexts::IDS_UNIQUE,
+    extents::WELL_FORMED,
+    contexts::OTHER_EXPORT_VOID,
+    contexts::FAILED_SELECTION_CLEARS,
+    contexts::EMPTY_SELECTION_CLEARS,
+];
+
+/// Runs every check. Always returns, within a few times the target's timeout whatever the server does.
+#[must_use]
+pub fn battery(target: &Target) -> Report {
+    let started = Instant::now();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut done = Vec::new();
+        while let Some(check) = CHECKS.get(next.fetch_add(1, Ordering::Relaxed)) {
+            done.push(examine(check, target));
+        }
+        done
+    };
+    let mut results: Vec<Examined> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..AT_A_TIME).map(|_| scope.spawn(work)).collect();
+        workers
+            .into_iter()
+            .flat_map(|worker| worker.join().unwrap_or_default())
+            .collect()
+    });
+    // A check that panicked took its worker's results with it: they count as not run.
+    for check in CHECKS {
+        if !results.iter().any(|examined| examined.check.id == check.id) {
+            results.push(Examined {
+                check,
+                outcome: Outcome::NotRun {
+                    reason: "the check itself failed: please report it".into(),
+                },
+                duration: Duration::ZERO,
+            });
+        }
+    }
+    results.sort_by_key(|examined| {
+        CHECKS
+            .iter()
+            .position(|check| check.id == examined.check.id)
+    });
+    Report {
+        address: target.address,
+        export: target.export.to_string(),
+        results,
+        duration: started.elapsed(),
+    }
+}
+
+fn examine(check: &'static Check, target: &Target) -> Examined {
+    let started = Instant::now();
+    let subject = Subject::new(target, started + target.timeout.min(CHECK));
+    let outcome = check.run(&subject);
+    Examined {
+        check,
+        outcome,
+        duration: started.elapsed(),
+    }
+}

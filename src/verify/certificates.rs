@@ -1,0 +1,124 @@
+//! Who is let in: nobody without a certificate, nobody with one of another authority.
+
+use std::sync::Arc;
+
+use rustls::client::ResolvesClientCert;
+use rustls::sign::CertifiedKey;
+use rustls::{ClientConfig, SignatureScheme};
+use rustls_pki_types::DnsName;
+
+use super::check::{Check, Severity, Stop, Subject, broke};
+use crate::client::{ClientError, ProbeSession, Reason, Step, Target};
+use crate::tls::{self, Authority, CertificateError, Leaf, Secret, Side};
+
+const SECTION: &str = "Certificates, authentication and authorisation";
+
+/// C27.
+pub(super) const ANONYMOUS_REFUSED: Check = Check {
+    id: "anonymous-client-refused",
+    title: "A client without a certificate is refused",
+    section: SECTION,
+    severity: Severity::Security,
+    why: "TLS would hide the data from the network, but let anyone on it read and write the volume.",
+    question: anonymous_refused,
+};
+
+/// C27.
+pub(super) const FOREIGN_REFUSED: Check = Check {
+    id: "foreign-client-refused",
+    title: "A client with the right names from an unknown authority is refused",
+    section: SECTION,
+    severity: Severity::Security,
+    why: "Anyone could make the certificate that opens the volume.",
+    question: foreign_refused,
+};
+
+fn anonymous_refused(subject: &Subject<'_>) -> Result<String, Stop> {
+    let target = subject.target();
+    let mut config = (*target.tls).clone();
+    config.client_auth_cert_resolver = Arc::new(NoCertificate);
+    refused(Target {
+        tls: Arc::new(config),
+        ..target
+    })
+}
+
+fn foreign_refused(subject: &Subject<'_>) -> Result<String, Stop> {
+    let target = subject.target();
+    let config = foreign(&target.tls)
+        .map_err(|error| Stop::Inapplicable(format!("no certificate to try it with: {error}")))?;
+    refused(Target {
+        tls: Arc::new(config),
+        ..target
+    })
+}
+
+/// In TLS 1.3 the client's handshake is over before the server has looked at its certificate: only the first answer
+/// tells.
+fn refused(target: Target) -> Result<String, Stop> {
+    let answer = ProbeSession::connect(&target)
+        .and_then(|mut probe| Ok((probe.info(&target.export)?, probe)));
+    match answer {
+        Ok((answer, probe)) => {
+            probe.abort();
+            let what = match answer {
+                Ok(info) => format!("told it about the export of {} bytes", info.size),
+                Err(refusal) => format!("answered its INFO ({refusal})"),
+            };
+            Err(Stop::Finding(format!(
+                "the server let the client in and {what}"
+            )))
+        }
+        Err(error) if is_refusal(&error) => Ok(error.reason.to_string()),
+        Err(error) if error.step == Step::Handshake && error.is_violation() => Err(broke(error)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether the server turned a client away, as opposed to us turning away the server.
+fn is_refusal(error: &ClientError) -> bool {
+    matches!(error.step, Step::Handshake | Step::Option(_))
+        && matches!(
+            *error.reason,
+            Reason::Tls(rustls::Error::AlertReceived(_))
+                | Reason::Closed
+                | Reason::ClosedAfterHandshake
+                | Reason::Io(_)
+        )
+}
+
+/// The same configuration with a certificate that names the same client, from an authority made on the spot.
+fn foreign(genuine: &ClientConfig) -> Result<ClientConfig, CertificateError> {
+    let schemes = genuine
+        .crypto_provider()
+        .signature_verification_algorithms
+        .supported_schemes();
+    let mut names: Vec<String> = genuine
+        .client_auth_cert_resolver
+        .resolve(&[], &schemes)
+        .and_then(|key| key.cert.first().map(tls::certificate_names))
+        .unwrap_or_default();
+    names.retain(|name| DnsName::try_from(name.as_str()).is_ok());
+    if names.is_empty() {
+        names.push("client.invalid".into());
+    }
+    let parts = Authority::temporary()?.issue(&Leaf::new(Side::Client, names))?;
+    let secret = Secret::from_map("a made-up Secret", &parts, Side::Client)?;
+    let stranger = tls::client_config(&secret, tls::Profile::Probe)?;
+    let mut config = genuine.clone();
+    config.client_auth_cert_resolver = stranger.client_auth_cert_resolver.clone();
+    Ok(config)
+}
+
+#[derive(Debug)]
+struct NoCertificate;
+
+impl ResolvesClientCert for NoCertificate {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        None
+    }
+
+    fn has_certs(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,253 @@
+//! Before TLS, and the step into it: nothing may be learned, and nothing may be carried across.
+
+use super::check::{
+    Check, Severity, Stop, Subject, broke, one_block, require, require_no_contexts,
+    require_simple_read,
+};
+use crate::client::{OptionReply, PlaintextSession, ProbeSession, Reason, Step};
+use crate::nbd::client::Fault;
+use crate::nbd::option::{GoRequest, MetaContextQuery, OptionHeader};
+use crate::nbd::{ExportName, OptionCode, ReplyCode};
+
+const TLS_MODES: &str = "FORCEDTLS mode";
+const UPGRADE: &str = "Option types, NBD_OPT_STARTTLS";
+
+/// C15 to C22.
+pub(super) const OPTIONS_REFUSED: Check = Check {
+    id: "plaintext-options-refused",
+    title: "Before TLS, every option gets exactly one ERR_TLS_REQD, and STARTTLS still works after them",
+    section: TLS_MODES,
+    severity: Severity::Security,
+    why: "Anyone who can reach the port could list and use exports without a certificate.",
+    question: options_refused,
+};
+
+/// C16, C17, C19, C20.
+pub(super) const REFUSALS_ALIKE: Check = Check {
+    id: "plaintext-refusals-alike",
+    title: "Before TLS, refusals are the same to the byte whether the export exists or not",
+    section: TLS_MODES,
+    severity: Severity::Security,
+    why: "Anyone who can reach the port could find out which volumes and attachments exist.",
+    question: refusals_alike,
+};
+
+/// C23.
+pub(super) const EXPORT_NAME_CLOSES: Check = Check {
+    id: "plaintext-export-name-closes",
+    title: "EXPORT_NAME before TLS ends the connection without a byte, whether the export exists or not",
+    section: TLS_MODES,
+    severity: Severity::Security,
+    why: "EXPORT_NAME has no way to say no: an answer means that the volume is open to everyone.",
+    question: export_name_closes,
+};
+
+/// C25.
+pub(super) const INJECTION_DEAD: Check = Check {
+    id: "starttls-injection-dead",
+    title: "Options injected behind STARTTLS have no effect inside TLS",
+    section: UPGRADE,
+    severity: Severity::Security,
+    why: "Somebody on the network could put options into the client's encrypted session: it would read wrong data.",
+    question: injection_dead,
+};
+
+/// C32.
+pub(super) const STATE_DROPPED: Check = Check {
+    id: "plaintext-state-dropped",
+    title: "What was asked for before STARTTLS is forgotten after it",
+    section: UPGRADE,
+    severity: Severity::Security,
+    why: "Somebody on the network could choose the session's reply format and contexts before the client begins.",
+    question: state_dropped,
+};
+
+fn go(export: &ExportName) -> Vec<u8> {
+    GoRequest {
+        export: export.clone(),
+        information: Vec::new(),
+    }
+    .encode()
+}
+
+fn allocation(export: &ExportName) -> Vec<u8> {
+    MetaContextQuery {
+        export: export.clone(),
+        queries: vec!["base:allocation".into()],
+    }
+    .encode()
+}
+
+/// The options that name an export, with their payloads.
+fn about(export: &ExportName) -> [(OptionCode, Vec<u8>); 4] {
+    [
+        (OptionCode::INFO, go(export)),
+        (OptionCode::GO, go(export)),
+        (OptionCode::LIST_META_CONTEXT, allocation(export)),
+        (OptionCode::SET_META_CONTEXT, allocation(export)),
+    ]
+}
+
+fn options_refused(subject: &Subject<'_>) -> Result<String, Stop> {
+    let mut options = vec![
+        (OptionCode::LIST, Vec::new()),
+        (OptionCode::STRUCTURED_REPLY, Vec::new()),
+        (OptionCode::EXTENDED_HEADERS, Vec::new()),
+        (
+            OptionCode(0x7fff_ffff),
+            b"an option that nobody knows".to_vec(),
+        ),
+    ];
+    options.extend(about(subject.export()));
+    options.extend(about(&subject.other_export()));
+    let mut session = PlaintextSession::connect(&subject.target())?;
+    for (option, payload) in &options {
+        let OptionReply { header, .. } = ask(&mut session, *option, payload)?;
+        require(header.option == *option, || {
+            format!("a reply to {} came where {option} was asked", header.option)
+        })?;
+        require(header.code == ReplyCode::ERR_TLS_REQD, || {
+            format!("{option} before TLS was answered with {}", header.code)
+        })?;
+    }
+    match session.upgrade(&[]) {
+        Ok(probe) => {
+            probe.abort();
+            Ok(format!("{} options were refused", options.len()))
+        }
+        // TLS began, and failed for a reason of its own.
+        Err(error) if error.step == Step::Handshake && !error.is_violation() => Err(error.into()),
+        Err(error) => Err(Stop::Finding(format!(
+            "after {} refusals: {error}",
+            options.len()
+        ))),
+    }
+}
+
+fn refusals_alike(subject: &Subject<'_>) -> Result<String, Stop> {
+    let mut session = PlaintextSession::connect(&subject.target())?;
+    let pairs = about(subject.export())
+        .into_iter()
+        .zip(about(&subject.other_export()));
+    for ((option, ours), (_, others)) in pairs {
+        let ours = ask(&mut session, option, &ours)?;
+        let others = ask(&mut session, option, &others)?;
+        require(ours == others, || {
+            format!(
+                "{option} before TLS: {} for the export, {} for one that does not exist",
+                words(&ours),
+                words(&others)
+            )
+        })?;
+    }
+    Ok("existing and missing exports were refused alike".into())
+}
+
+fn export_name_closes(subject: &Subject<'_>) -> Result<String, Stop> {
+    let option = OptionCode::EXPORT_NAME;
+    for export in [subject.export(), &subject.other_export()] {
+        let mut session = PlaintextSession::connect(&subject.target())?;
+        session
+            .send(option, export.as_str().as_bytes())
+            .map_err(broke)?;
+        require(session.ends(option).map_err(broke)?, || {
+            format!("EXPORT_NAME {export:?} before TLS was answered")
+        })?;
+    }
+    Ok("the connection ended silently".into())
+}
+
+fn injection_dead(subject: &Subject<'_>) -> Result<String, Stop> {
+    let export = subject.export();
+    let mut injected = OptionHeader::encode(OptionCode::STRUCTURED_REPLY, &[]);
+    injected.extend(OptionHeader::encode(
+        OptionCode::SET_META_CONTEXT,
+        &allocation(export),
+    ));
+    injected.extend(OptionHeader::encode(OptionCode::LIST, &[]));
+    let session = PlaintextSession::connect(&subject.target())?;
+    let probe = match session.upgrade(&injected) {
+        Ok(probe) => probe,
+        Err(error) => {
+            return match *error.reason {
+                Reason::Tls(_) | Reason::Closed | Reason::Io(_) => {
+                    Ok("the connection ended".into())
+                }
+                Reason::Fault(Fault::TlsRefused { .. }) => Ok("STARTTLS was refused".into()),
+                _ => Err(broke(error)),
+            };
+        }
+    };
+    match nothing_survived(subject, probe) {
+        Ok(()) => Ok("TLS began, and the injected options had no effect".into()),
+        Err(Stop::Client(error)) if !error.is_violation() => Ok("the session ended".into()),
+        Err(stop) => Err(unless_always(subject, stop)),
+    }
+}
+
+fn state_dropped(subject: &Subject<'_>) -> Result<String, Stop> {
+    let mut session = PlaintextSession::connect(&subject.target())?;
+    for (option, payload) in [
+        (OptionCode::STRUCTURED_REPLY, Vec::new()),
+        (OptionCode::SET_META_CONTEXT, allocation(subject.export())),
+    ] {
+        let mut reply = ask(&mut session, option, &payload)?;
+        // A server that does not force TLS may accept it here, and names contexts before its ACK.
+        while reply.header.code == ReplyCode::META_CONTEXT {
+            reply = session.reply(option).map_err(broke)?;
+        }
+    }
+    let probe = session.upgrade(&[])?;
+    nothing_survived(subject, probe).map_err(|stop| unless_always(subject, stop))?;
+    Ok("simple replies, and no context".into())
+}
+
+/// On a session that negotiated nothing inside TLS, nothing may be in force.
+fn nothing_survived(subject: &Subject<'_>, mut probe: ProbeSession) -> Result<(), Stop> {
+    let info = match probe.info(subject.export()) {
+        Ok(Ok(info)) => info,
+        Ok(Err(refusal)) => {
+            return Err(Stop::Inapplicable(format!(
+                "INFO about the export: {refusal}"
+            )));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let mut session = subject.go(probe)?;
+    if let Some(length) = one_block(&info) {
+        require_simple_read(&mut session, length)?;
+        require_no_contexts(&mut session, length)?;
+    }
+    session.disconnect();
+    Ok(())
+}
+
+/// A finding that a session without any plaintext options has too is another check's.
+fn unless_always(subject: &Subject<'_>, stop: Stop) -> Stop {
+    let Stop::Finding(evidence) = stop else {
+        return stop;
+    };
+    let control = ProbeSession::connect(&subject.target()).map_err(Stop::from);
+    match control.and_then(|probe| nothing_survived(subject, probe)) {
+        Err(Stop::Finding(same)) if same == evidence => Stop::Inapplicable(format!(
+            "so it is on every session, whatever was said before TLS: {evidence}"
+        )),
+        _ => Stop::Finding(evidence),
+    }
+}
+
+/// An option in plaintext and the first reply to it; no reply is a finding.
+fn ask(
+    session: &mut PlaintextSession,
+    option: OptionCode,
+    payload: &[u8],
+) -> Result<OptionReply, Stop> {
+    session.send(option, payload).map_err(broke)?;
+    session.reply(option).map_err(broke)
+}
+
+fn words(reply: &OptionReply) -> String {
+    let text = String::from_utf8_lossy(&reply.payload);
+    let end = text.floor_char_boundary(80);
+    format!("{} {:?}", reply.header.code, &text[..end])
+}

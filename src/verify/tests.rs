@@ -1,0 +1,121 @@
+use std::collections::BTreeSet;
+
+use serde_json::json;
+
+use super::*;
+
+fn report(outcomes: &[Outcome]) -> Report {
+    Report {
+        address: ([127, 0, 0, 1], 10809).into(),
+        export: "vol/att".into(),
+        results: CHECKS
+            .iter()
+            .zip(outcomes)
+            .map(|(check, outcome)| Examined {
+                check,
+                outcome: outcome.clone(),
+                duration: Duration::from_micros(1500),
+            })
+            .collect(),
+        duration: Duration::from_millis(2),
+    }
+}
+
+fn passed() -> Outcome {
+    Outcome::Passed {
+        seen: "as it should be".into(),
+    }
+}
+
+fn finding() -> Outcome {
+    Outcome::Finding {
+        evidence: "LIST before TLS was answered with SERVER".into(),
+    }
+}
+
+fn not_run() -> Outcome {
+    Outcome::NotRun {
+        reason: "connection refused".into(),
+    }
+}
+
+#[test]
+fn checks_have_ids_of_their_own_and_say_why() {
+    let ids: BTreeSet<_> = CHECKS.iter().map(|check| check.id).collect();
+    assert_eq!(ids.len(), CHECKS.len());
+    for check in CHECKS {
+        for text in [check.title, check.section, check.why] {
+            assert!(!text.is_empty(), "{}", check.id);
+        }
+    }
+}
+
+#[test]
+fn strict_refuses_findings_and_doubts_and_says_which() {
+    let inapplicable = Outcome::Inapplicable {
+        reason: "no contexts".into(),
+    };
+    let good = report(&[passed(), inapplicable]);
+    assert_eq!(Policy::Strict.decide(&good), Ok(()));
+    let found = report(&[finding(), passed()]);
+    let refused = Policy::Strict.decide(&found).unwrap_err().to_string();
+    for part in ["vol/att", CHECKS[0].id, "answered with SERVER"] {
+        assert!(refused.contains(part), "{refused}");
+    }
+    let unknown = report(&[passed(), not_run()]);
+    let refused = Policy::Strict.decide(&unknown).unwrap_err().to_string();
+    assert!(refused.contains(CHECKS[1].id), "{refused}");
+    for policy in [Policy::Warn, Policy::Off] {
+        assert_eq!(policy.decide(&found), Ok(()));
+        assert_eq!(policy.decide(&unknown), Ok(()));
+    }
+}
+
+#[test]
+fn policies_are_words() {
+    for policy in [Policy::Strict, Policy::Warn, Policy::Off] {
+        assert_eq!(policy.to_string().parse(), Ok(policy));
+    }
+    assert_eq!(Policy::default(), Policy::Strict);
+    let error = "Strict".parse::<Policy>().unwrap_err().to_string();
+    assert!(error.contains("strict, warn or off"), "{error}");
+}
+
+#[test]
+fn reports_are_stable_for_programs() {
+    let report = report(&[finding()]);
+    let check = &CHECKS[0];
+    assert_eq!(
+        serde_json::to_value(&report).unwrap(),
+        json!({
+            "address": "127.0.0.1:10809",
+            "export": "vol/att",
+            "results": [{
+                "id": "plaintext-options-refused",
+                "title": check.title,
+                "section": check.section,
+                "severity": "security",
+                "why": check.why,
+                "outcome": "finding",
+                "evidence": "LIST before TLS was answered with SERVER",
+                "duration_us": 1500,
+            }],
+            "duration_us": 2000,
+        })
+    );
+}
+
+#[test]
+fn reports_tell_people_what_was_found_and_why_it_matters() {
+    let text = report(&[finding(), passed(), not_run()]).to_string();
+    for part in [
+        "1 of 3 checks passed, 1 finding, 1 could not run",
+        "FINDING  plaintext-options-refused",
+        CHECKS[0].title,
+        CHECKS[0].why,
+        "connection refused",
+    ] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    assert!(!text.contains(CHECKS[1].why), "{text}");
+}

@@ -1,0 +1,202 @@
+//! Each check catches its fault, a server without faults has no finding, and none can stall or exhaust an attach.
+
+mod certificates;
+mod faulty;
+mod hostile;
+
+use std::collections::BTreeSet;
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use faulty::{Fault, start};
+use hawser::verify::{CHECKS, Outcome, Policy, Report, battery};
+
+fn findings(report: &Report) -> BTreeSet<&str> {
+    report
+        .findings()
+        .map(|examined| examined.check.id)
+        .collect()
+}
+
+/// Every fault, and the checks that must find it: each exactly that.
+const PLANTED: &[(Fault, &[&str])] = &[
+    (Fault::ListsInPlaintext, &["plaintext-options-refused"]),
+    (
+        Fault::GoInPlaintext,
+        &["plaintext-options-refused", "plaintext-refusals-alike"],
+    ),
+    (Fault::StructuredInPlaintext, &["plaintext-options-refused"]),
+    (Fault::WrongCodeInPlaintext, &["plaintext-options-refused"]),
+    (Fault::RefusesTwice, &["plaintext-options-refused"]),
+    (Fault::ClosesAfterARefusal, &["plaintext-options-refused"]),
+    (Fault::NoTlsAfterRefusals, &["plaintext-options-refused"]),
+    (Fault::RefusalNamesExport, &["plaintext-refusals-alike"]),
+    (
+        Fault::RefusalTellsMissing,
+        &["plaintext-options-refused", "plaintext-refusals-alike"],
+    ),
+    (Fault::ExportNameAnswered, &["plaintext-export-name-closes"]),
+    (
+        Fault::ExportNameRefusedAloud,
+        &["plaintext-export-name-closes"],
+    ),
+    (Fault::ExportNameIgnored, &["plaintext-export-name-closes"]),
+    (Fault::BuffersInjected, &["starttls-injection-dead"]),
+    (Fault::BuffersInjectedQuietly, &["starttls-injection-dead"]),
+    (
+        Fault::AnswersInjectedInPlaintext,
+        &["starttls-injection-dead"],
+    ),
+    (Fault::StructuredSurvives, &["plaintext-state-dropped"]),
+    (Fault::ContextsSurvive, &["plaintext-state-dropped"]),
+    (Fault::AnonymousClients, &["anonymous-client-refused"]),
+    (Fault::ForeignClients, &["foreign-client-refused"]),
+    (
+        Fault::EveryClient,
+        &["anonymous-client-refused", "foreign-client-refused"],
+    ),
+    (Fault::SecondStartTls, &["second-starttls-refused"]),
+    (Fault::SecondStartTlsWrongCode, &["second-starttls-refused"]),
+    (Fault::SecondStartTlsCloses, &["second-starttls-refused"]),
+    (
+        Fault::StatusWithoutContexts,
+        &["block-status-needs-negotiation"],
+    ),
+    (Fault::StatusWrongErrno, &["block-status-needs-negotiation"]),
+    (Fault::ReadAlwaysStructured, &["read-stays-simple"]),
+    (Fault::SameIds, &["contexts-have-ids-of-their-own"]),
+    (Fault::SelectsTwice, &["contexts-have-ids-of-their-own"]),
+    (Fault::SelectsUnasked, &["contexts-have-ids-of-their-own"]),
+    (
+        Fault::OneContextUnanswered,
+        &["contexts-have-ids-of-their-own"],
+    ),
+    (Fault::ContextOfOtherExport, &["other-exports-context-void"]),
+    (Fault::FailedSelectionKept, &["failed-selection-clears"]),
+    (Fault::OverlongQueryAccepted, &["failed-selection-clears"]),
+    (Fault::EmptySelectionKept, &["empty-selection-clears"]),
+    (Fault::EmptySelectionSelectsAll, &["empty-selection-clears"]),
+    (
+        Fault::ChunkTwice,
+        &["contexts-have-ids-of-their-own", "extents-cover-the-export"],
+    ),
+    (
+        Fault::WrongContextId,
+        &["contexts-have-ids-of-their-own", "extents-cover-the-export"],
+    ),
+    (
+        Fault::NoExtents,
+        &["contexts-have-ids-of-their-own", "extents-cover-the-export"],
+    ),
+    (Fault::EmptyExtent, &["extents-cover-the-export"]),
+    (Fault::ExtentsBeyondRequest, &["extents-cover-the-export"]),
+    (Fault::ExtentBeyondEnd, &["extents-cover-the-export"]),
+    (Fault::UnalignedExtent, &["extents-cover-the-export"]),
+    (Fault::ReqOneIgnored, &["extents-cover-the-export"]),
+    (Fault::ReqOneTooLong, &["extents-cover-the-export"]),
+    (
+        Fault::StatusSimple,
+        &["contexts-have-ids-of-their-own", "extents-cover-the-export"],
+    ),
+];
+
+#[test]
+fn a_server_without_faults_has_no_finding() {
+    let report = battery(&start(Fault::Nothing));
+    assert!(
+        report
+            .results
+            .iter()
+            .all(|examined| matches!(examined.outcome, Outcome::Passed { .. })),
+        "{report}"
+    );
+    assert_eq!(report.results.len(), CHECKS.len());
+    assert_eq!(Policy::Strict.decide(&report), Ok(()));
+}
+
+#[test]
+fn every_fault_is_found_by_its_check_and_no_other() {
+    let mut proven = BTreeSet::new();
+    for (fault, expected) in PLANTED {
+        let mut target = start(*fault);
+        if *fault == Fault::ExportNameIgnored {
+            // Found at the deadline only.
+            target.timeout = Duration::from_secs(1);
+        }
+        let report = battery(&target);
+        assert_eq!(
+            findings(&report),
+            expected.iter().copied().collect(),
+            "{fault:?}: {report}"
+        );
+        assert_eq!(report.not_run().count(), 0, "{fault:?}: {report}");
+        assert!(Policy::Strict.decide(&report).is_err(), "{fault:?}");
+        assert_eq!(Policy::Warn.decide(&report), Ok(()));
+        if let [only] = expected {
+            proven.insert(*only);
+        }
+    }
+    let all = CHECKS.iter().map(|check| check.id).collect();
+    assert_eq!(proven, all, "a check without a fault of its own");
+}
+
+#[test]
+fn features_that_a_server_lacks_are_no_findings() {
+    for fault in [Fault::NoStructuredReplies, Fault::NoContexts] {
+        let report = battery(&start(fault));
+        let inapplicable = report
+            .results
+            .iter()
+            .filter(|examined| matches!(examined.outcome, Outcome::Inapplicable { .. }))
+            .count();
+        assert!(inapplicable >= 4, "{report}");
+        assert_eq!(Policy::Strict.decide(&report), Ok(()), "{report}");
+    }
+}
+
+#[test]
+fn hostile_servers_end_with_a_finding_in_bounded_time_and_memory() {
+    for hostility in hostile::ALL {
+        let mut target = hostile::start(*hostility);
+        target.timeout = Duration::from_millis(250);
+        let started = Instant::now();
+        let report = battery(&target);
+        // Every check ends at its deadline; two rounds of them and the slack of a busy machine.
+        assert!(
+            started.elapsed() < Duration::from_secs(10),
+            "{hostility:?}: {report}"
+        );
+        assert_ne!(report.findings().count(), 0, "{hostility:?}: {report}");
+        assert!(Policy::Strict.decide(&report).is_err());
+    }
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let peak = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .and_then(|line| line.trim().strip_suffix(" kB"))
+        .unwrap();
+    let peak: u64 = peak.parse().unwrap();
+    assert!(peak < 512 << 10, "{peak} KiB, the servers' own included");
+}
+
+#[test]
+fn a_server_that_is_not_there_is_a_doubt_and_no_finding() {
+    let mut target = start(Fault::Nothing);
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap();
+    target.address = nobody.local_addr().unwrap();
+    drop(nobody);
+    let report = battery(&target);
+    assert_eq!(report.findings().count(), 0, "{report}");
+    assert_eq!(report.not_run().count(), CHECKS.len(), "{report}");
+    assert!(Policy::Strict.decide(&report).is_err());
+}
+
+#[test]
+fn a_client_that_the_server_refuses_is_a_doubt_and_no_finding() {
+    let mut target = start(Fault::Nothing);
+    target.tls = start(Fault::Nothing).tls;
+    let report = battery(&target);
+    assert_eq!(report.findings().count(), 0, "{report}");
+    assert!(report.not_run().count() >= 8, "{report}");
+    assert!(Policy::Strict.decide(&report).is_err());
+}
