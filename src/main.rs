@@ -29,6 +29,7 @@ enum LogFormat {
 #[derive(Subcommand)]
 enum Role {
     Serve(hawser::server::Args),
+    Standalone(hawser::standalone::Args),
 }
 
 /// Exit status of a command line that makes no sense, as in sysexits.h.
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
     }
     let result: anyhow::Result<ExitCode> = match cli.role {
         Role::Serve(args) => hawser::server::run(args),
+        Role::Standalone(args) => hawser::standalone::run(args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("hawser: {error:#}");

@@ -6,6 +6,7 @@
 //! was or as asked, also when the process is killed in the middle.
 
 mod durable;
+mod lock;
 mod overcommit;
 mod pool;
 mod record;
@@ -17,6 +18,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use self::durable::replace;
+pub use self::lock::own;
 pub use self::overcommit::Overcommit;
 pub use self::pool::Pool;
 pub use self::record::Record;

@@ -5,7 +5,7 @@
 //! next start.
 
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::ops::Bound;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::volumes::{Capacity, Volume, VolumeId};
 
 use super::size::{GRANULE, MAXIMUM};
-use super::{Overcommit, Record, StorageError, durable};
+use super::{Overcommit, Record, StorageError, durable, own};
 
 const CREATING: &str = ".creating-";
 const DELETING: &str = ".deleting-";
@@ -370,18 +370,9 @@ fn make_directories(path: &Path) -> Result<(), StorageError> {
 
 fn lock(directory: &Path) -> Result<File, StorageError> {
     let path = directory.join("lock");
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(StorageError::io("open", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(StorageError::Busy(directory.to_owned())),
-        Err(TryLockError::Error(error)) => Err(StorageError::io("lock", &path)(error)),
-    }
+    own(&path)
+        .map_err(StorageError::io("lock", &path))?
+        .ok_or_else(|| StorageError::Busy(directory.to_owned()))
 }
 
 fn make_identity(directory: &Path) -> Result<String, StorageError> {

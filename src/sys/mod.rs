@@ -1,8 +1,3 @@
-//! Kernel interfaces that no safe crate offers: every unsafe block of Hawser lives here, behind safe functions.
-//!
-//! Each module is a small wrapper over one interface. What is said through it is decided elsewhere: netlink
-//! messages, for one, are encoded in [`crate::attach`].
+//! All unsafe code: netlink, kTLS, ioctls. Each module is a safe wrapper around one kernel interface.
 
-pub mod ktls;
-pub mod netlink;
-mod sockopt;
+pub mod process;

@@ -15,7 +15,6 @@ mod secured;
 #[cfg(test)]
 mod tests;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -65,17 +64,25 @@ pub fn battery(target: &Target) -> Report {
         }
         done
     };
-    let mut results = thread::scope(|scope| {
-        // Where no more threads are to be had, fewer do.
-        let helpers: Vec<_> = (1..AT_A_TIME)
-            .map_while(|_| thread::Builder::new().spawn_scoped(scope, work).ok())
-            .collect();
-        let mut results = work();
-        for helper in helpers {
-            results.extend(helper.join().unwrap_or_default());
-        }
-        results
+    let mut results: Vec<Examined> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..AT_A_TIME).map(|_| scope.spawn(work)).collect();
+        workers
+            .into_iter()
+            .flat_map(|worker| worker.join().unwrap_or_default())
+            .collect()
     });
+    // A check that panicked took its worker's results with it: they count as not run.
+    for check in CHECKS {
+        if !results.iter().any(|examined| examined.check.id == check.id) {
+            results.push(Examined {
+                check,
+                outcome: Outcome::NotRun {
+                    reason: "the check itself failed: please report it".into(),
+                },
+                duration: Duration::ZERO,
+            });
+        }
+    }
     results.sort_by_key(|examined| {
         CHECKS
             .iter()
@@ -91,13 +98,8 @@ pub fn battery(target: &Target) -> Report {
 
 fn examine(check: &'static Check, target: &Target) -> Examined {
     let started = Instant::now();
-    // A check that panics leaves nothing behind: it owns its sessions, and only reads its subject.
     let subject = Subject::new(target, started + target.timeout.min(CHECK));
-    let outcome = catch_unwind(AssertUnwindSafe(|| check.run(&subject))).unwrap_or_else(|_| {
-        Outcome::NotRun {
-            reason: "the check itself failed, which is a fault of Hawser: please report it".into(),
-        }
-    });
+    let outcome = check.run(&subject);
     Examined {
         check,
         outcome,

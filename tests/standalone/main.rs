@@ -1,0 +1,12 @@
+//! `hawser standalone` from outside: the real process and its servers, driven over its CSI socket.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a helper of a test that fails fails the test"
+)]
+
+mod calls;
+mod fence;
+mod home;
+mod servers;
+mod volumes;
