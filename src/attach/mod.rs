@@ -1,1 +1,308 @@
 //! Kernel nbd devices: connect, reconnect, recover, grow, disconnect, and the userspace proxy fallback.
+//!
+//! A device is made in userspace and then belongs to the kernel: it works on when this process is gone. What this
+//! module keeps is a record of each device, on disk before the device exists, and a watch over its sockets. Nothing is
+//! ever asked of a socket that the kernel has: whether it lives is read from `/proc/net/tcp`, by the inode in the
+//! record, which works just as well for the sockets that an earlier process made.
+//!
+//! - `netlink`, `kernel`: the driver's messages, encoded and sent
+//! - `system`, `modules`: what the node has
+//! - `session`: userspace sessions and how they become sockets; `proxy`: where the kernel has no TLS
+//! - `record`: what outlives the process
+//! - `connect`, `disconnect`, `watch`, `recover`: the operations
+
+mod backend;
+mod connect;
+mod disconnect;
+mod error;
+mod kernel;
+mod modules;
+mod netlink;
+mod proxy;
+mod record;
+mod recover;
+mod session;
+mod system;
+mod watch;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+pub use self::error::{AttachError, ErrorKind};
+pub use self::kernel::KernelError;
+pub use self::recover::{Fate, Recovered};
+
+use self::backend::Backend;
+use self::proxy::Proxies;
+use self::record::{Record, Records};
+use self::system::System;
+use self::watch::Watch;
+use crate::tls::Secret;
+use crate::verify;
+use crate::volumes::{AttachmentId, NodeVolumes, VolumeId};
+
+/// How this node makes devices.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// A directory for the records of this node's devices, which belongs to one process at a time. It must outlive the
+    /// process, and need not outlive the machine's boot.
+    pub state: PathBuf,
+    /// Whether a node without TLS in its kernel may carry data through a proxy in this process.
+    pub proxy_allowed: bool,
+}
+
+/// What a StorageClass may choose about a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// Sockets, 1 to 16; one where the server does not offer CAN_MULTI_CONN.
+    pub connections: u8,
+    /// In whole seconds: how long the server may take over a request before its socket is given up, and so also how
+    /// long the requests on a dead socket wait for their second try.
+    pub timeout: Duration,
+    /// In whole seconds: how long requests wait for a server before they fail with EIO.
+    pub dead_timeout: Duration,
+    /// What a finding of the verification means.
+    pub policy: verify::Policy,
+}
+
+impl Default for Options {
+    /// Four connections, since encryption is one core's work for each; a timeout that a busy disk keeps and a dead
+    /// server reaches soon; and patience for the reboot of a storage host.
+    fn default() -> Self {
+        Self {
+            connections: 4,
+            timeout: Duration::from_secs(10),
+            dead_timeout: Duration::from_secs(600),
+            policy: verify::Policy::Strict,
+        }
+    }
+}
+
+/// A device to make.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub volume: VolumeId,
+    pub attachment: AttachmentId,
+    pub secret: Secret,
+    pub read_only: bool,
+    pub options: Options,
+}
+
+/// A kernel device of a volume.
+#[derive(Debug, Clone)]
+pub struct Device {
+    pub index: u32,
+    /// `/dev/nbdN`.
+    pub path: PathBuf,
+    pub size_bytes: u64,
+    pub read_only: bool,
+    pub transport: Transport,
+    /// What was found when the device was made, where it was made just now and the policy is not off.
+    pub report: Option<Arc<verify::Report>>,
+}
+
+/// Who encrypts a device's data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// The kernel: no process carries data.
+    KernelTls,
+    /// This process.
+    Proxy,
+}
+
+/// Owns the kernel devices of this node. Cheap to clone.
+///
+/// Every operation finishes what it began, or undoes it, also when its future is dropped; operations on one volume
+/// wait for each other.
+#[derive(Clone)]
+pub struct Attacher(Arc<Inner>);
+
+struct Inner {
+    config: Config,
+    volumes: Arc<dyn NodeVolumes>,
+    system: System,
+    records: Records,
+    proxies: Proxies,
+    locks: Mutex<HashMap<VolumeId, Arc<tokio::sync::Mutex<()>>>>,
+    watches: Mutex<HashMap<VolumeId, Watch>>,
+    /// Ends the watches, and what listens for them, with the last clone.
+    stopped: CancellationToken,
+    listening: tokio::sync::OnceCell<()>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.stopped.cancel();
+    }
+}
+
+impl Attacher {
+    /// Opens the records. Call [`Attacher::recover`] next, to look after the devices that are there already.
+    pub fn new(config: Config, volumes: Arc<dyn NodeVolumes>) -> Result<Self, AttachError> {
+        Self::on(System::default(), config, volumes)
+    }
+
+    fn on(
+        system: System,
+        config: Config,
+        volumes: Arc<dyn NodeVolumes>,
+    ) -> Result<Self, AttachError> {
+        let records = Records::open(&config.state).map_err(AttachError::system(
+            "open the records of this node's devices",
+        ))?;
+        Ok(Self(Arc::new(Inner {
+            config,
+            volumes,
+            system,
+            records,
+            proxies: Proxies::default(),
+            locks: Mutex::default(),
+            watches: Mutex::default(),
+            stopped: CancellationToken::new(),
+            listening: tokio::sync::OnceCell::new(),
+        })))
+    }
+
+    /// Makes the volume's device, or finds the one that this attachment has already.
+    ///
+    /// A device of another attachment of the volume is an error, unless nothing can ever come of it any more.
+    pub async fn attach(&self, request: Request) -> Result<Device, AttachError> {
+        let inner = self.0.clone();
+        finish(async move { inner.attach(request).await }).await
+    }
+
+    /// The volume's device on this node.
+    pub async fn find(&self, volume: &VolumeId) -> Result<Option<Device>, AttachError> {
+        let (inner, volume) = (self.0.clone(), volume.clone());
+        blocking(move || {
+            let Some((index, backend)) = inner.device_of(&volume)? else {
+                return Ok(None);
+            };
+            inner.describe(index, &backend).map(Some)
+        })
+        .await
+    }
+
+    /// Disconnects the volume's device and waits until nothing of it is left; no device is a success.
+    ///
+    /// Fails while the device is mounted, or something is stacked on it.
+    pub async fn detach(&self, volume: &VolumeId) -> Result<(), AttachError> {
+        let (inner, volume) = (self.0.clone(), volume.clone());
+        finish(async move { inner.detach(&volume).await }).await
+    }
+
+    /// Gives the device the size that its server now offers, which must be `size_bytes` at least; returns it. A device
+    /// that is large enough already is left as it is.
+    pub async fn grow(&self, volume: &VolumeId, size_bytes: u64) -> Result<u64, AttachError> {
+        let (inner, volume) = (self.0.clone(), volume.clone());
+        finish(async move { inner.grow(&volume, size_bytes).await }).await
+    }
+
+    /// Finds the devices that an earlier process made and looks after them again. Repeating it changes nothing.
+    pub async fn recover(&self) -> Result<Vec<Recovered>, AttachError> {
+        let inner = self.0.clone();
+        finish(async move { inner.recover().await }).await
+    }
+}
+
+impl Inner {
+    /// One operation at a time for each volume.
+    async fn lock(&self, volume: &VolumeId) -> tokio::sync::OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+            locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+            locks.entry(volume.clone()).or_default().clone()
+        };
+        lock.lock_owned().await
+    }
+
+    fn device_of(&self, volume: &VolumeId) -> Result<Option<(u32, Backend)>, AttachError> {
+        let devices = self
+            .system
+            .devices()
+            .map_err(AttachError::system("list the nbd devices"))?;
+        Ok(devices
+            .into_iter()
+            .find(|(_, backend)| backend.volume == *volume))
+    }
+
+    fn record_of(&self, volume: &VolumeId) -> Result<Option<Record>, AttachError> {
+        self.records
+            .find(volume)
+            .map_err(AttachError::system("read a device's record"))
+    }
+
+    fn save(&self, record: &Record) -> Result<(), AttachError> {
+        self.records
+            .save(record)
+            .map_err(AttachError::system("write a device's record"))
+    }
+
+    /// The record of a device that is there.
+    fn record_for(&self, index: u32, backend: &Backend) -> Result<Record, AttachError> {
+        self.record_of(&backend.volume)?
+            .filter(|record| record.attachment == backend.attachment)
+            .ok_or_else(|| AttachError::Unrecorded {
+                volume: backend.volume.clone(),
+                device: self.system.path(index),
+            })
+    }
+
+    fn describe(&self, index: u32, backend: &Backend) -> Result<Device, AttachError> {
+        let record = self.record_for(index, backend)?;
+        Ok(Device {
+            index,
+            path: self.system.path(index),
+            size_bytes: self
+                .system
+                .size_bytes(index)
+                .map_err(AttachError::system("read the device's size"))?,
+            read_only: record.read_only,
+            transport: record.transport,
+            report: None,
+        })
+    }
+
+    /// How many of the device's sockets live.
+    fn live_sockets(&self, record: &Record) -> Result<Vec<u64>, AttachError> {
+        let live = match record.transport {
+            Transport::KernelTls => self
+                .system
+                .established_sockets()
+                .map_err(AttachError::system("list the TCP sockets"))?,
+            Transport::Proxy => self.proxies.running(),
+        };
+        Ok(record
+            .sockets
+            .iter()
+            .copied()
+            .filter(|inode| live.contains(inode))
+            .collect())
+    }
+}
+
+/// Runs what may block on a thread that may be blocked.
+async fn blocking<T, F>(work: F) -> Result<T, AttachError>
+where
+    T: Send + 'static,
+    F: FnOnce() -> Result<T, AttachError> + Send + 'static,
+{
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(AttachError::Interrupted))
+}
+
+/// Runs an operation to its end, whatever becomes of the future that waits for it.
+async fn finish<T: Send + 'static>(
+    operation: impl Future<Output = Result<T, AttachError>> + Send + 'static,
+) -> Result<T, AttachError> {
+    tokio::spawn(operation)
+        .await
+        .unwrap_or(Err(AttachError::Interrupted))
+}

@@ -1,3 +1,9 @@
-//! All unsafe code: netlink, kTLS, ioctls. Each module is a safe wrapper around one kernel interface.
+//! Kernel interfaces that no safe crate offers: every unsafe block of Hawser lives here, behind safe functions.
+//!
+//! Each module is a small wrapper over one interface. What is said through it is decided elsewhere: netlink
+//! messages, for one, are encoded in [`crate::attach`].
 
+pub mod ktls;
+pub mod netlink;
 pub mod process;
+mod sockopt;

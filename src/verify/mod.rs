@@ -15,6 +15,7 @@ mod secured;
 #[cfg(test)]
 mod tests;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -64,25 +65,17 @@ pub fn battery(target: &Target) -> Report {
         }
         done
     };
-    let mut results: Vec<Examined> = thread::scope(|scope| {
-        let workers: Vec<_> = (0..AT_A_TIME).map(|_| scope.spawn(work)).collect();
-        workers
-            .into_iter()
-            .flat_map(|worker| worker.join().unwrap_or_default())
-            .collect()
-    });
-    // A check that panicked took its worker's results with it: they count as not run.
-    for check in CHECKS {
-        if !results.iter().any(|examined| examined.check.id == check.id) {
-            results.push(Examined {
-                check,
-                outcome: Outcome::NotRun {
-                    reason: "the check itself failed: please report it".into(),
-                },
-                duration: Duration::ZERO,
-            });
+    let mut results = thread::scope(|scope| {
+        // Where no more threads are to be had, fewer do.
+        let helpers: Vec<_> = (1..AT_A_TIME)
+            .map_while(|_| thread::Builder::new().spawn_scoped(scope, work).ok())
+            .collect();
+        let mut results = work();
+        for helper in helpers {
+            results.extend(helper.join().unwrap_or_default());
         }
-    }
+        results
+    });
     results.sort_by_key(|examined| {
         CHECKS
             .iter()
@@ -98,8 +91,13 @@ pub fn battery(target: &Target) -> Report {
 
 fn examine(check: &'static Check, target: &Target) -> Examined {
     let started = Instant::now();
+    // A check that panics leaves nothing behind: it owns its sessions, and only reads its subject.
     let subject = Subject::new(target, started + target.timeout.min(CHECK));
-    let outcome = check.run(&subject);
+    let outcome = catch_unwind(AssertUnwindSafe(|| check.run(&subject))).unwrap_or_else(|_| {
+        Outcome::NotRun {
+            reason: "the check itself failed, which is a fault of Hawser: please report it".into(),
+        }
+    });
     Examined {
         check,
         outcome,

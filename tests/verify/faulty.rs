@@ -499,7 +499,7 @@ impl Secured {
         let mut extents = Vec::new();
         while offset < end {
             let run = (offset / RUN + 1) * RUN;
-            let length = (run.min(end) - offset) as u32;
+            let length = u32::try_from(run.min(end) - offset).unwrap();
             let flags = if (offset / RUN).is_multiple_of(2) {
                 0
             } else {

@@ -1,0 +1,331 @@
+//! Making a device.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::backend::Backend;
+use super::error::AttachError;
+use super::kernel::{DeviceSocket, Driver};
+use super::netlink::Connect;
+use super::record::Record;
+use super::session::{Export, Session, open_all, target};
+use super::{Device, Inner, Options, Request, Transport, blocking, modules};
+use crate::client::Target;
+use crate::nbd::TransmissionFlags;
+use crate::tls::Profile;
+use crate::verify;
+
+/// Devtmpfs makes a node at once; a container's `/dev` may take a moment.
+const NODE: Duration = Duration::from_secs(5);
+
+/// The driver has one hardware queue for each socket, and sets them up one after the other (K27).
+const MOST_CONNECTIONS: u8 = 16;
+
+impl Inner {
+    pub(super) async fn attach(self: Arc<Self>, request: Request) -> Result<Device, AttachError> {
+        let backend = Backend {
+            volume: request.volume.clone(),
+            attachment: request.attachment.clone(),
+        };
+        let _lock = self.lock(&request.volume).await;
+        self.clone().listen().await?;
+        let inner = self.clone();
+        let (wanted, read_only) = (backend.clone(), request.read_only);
+        if let Some(device) = blocking(move || inner.existing(&wanted, read_only)).await? {
+            self.watch(&backend, device.index);
+            return Ok(device);
+        }
+        let device = self.clone().connect(&backend, request).await?;
+        self.watch(&backend, device.index);
+        Ok(device)
+    }
+
+    /// The device that this attachment has already. What an interrupted attach or detach left is cleared away.
+    fn existing(&self, wanted: &Backend, read_only: bool) -> Result<Option<Device>, AttachError> {
+        let volume = &wanted.volume;
+        let Some((index, backend)) = self.device_of(volume)? else {
+            self.records
+                .remove(volume)
+                .map_err(AttachError::system("remove a device's record"))?;
+            return Ok(None);
+        };
+        let device = self.system.path(index);
+        let mut driver = modules::driver()?;
+        if backend != *wanted {
+            self.replace(&mut driver, index, &backend)?;
+            return Ok(None);
+        }
+        if !driver.is_connected(index, &backend.to_string())? {
+            let record = self.record_of(volume)?;
+            return Err(AttachError::Disconnected {
+                volume: volume.clone(),
+                device,
+                problem: record
+                    .and_then(|record| record.failed)
+                    .unwrap_or_else(|| "some process has it open".into()),
+            });
+        }
+        let device = self.describe(index, &backend)?;
+        if device.read_only != read_only {
+            return Err(AttachError::Unsuitable {
+                volume: volume.clone(),
+                problem: format!(
+                    "it is on {} already, and that is {}",
+                    device.path.display(),
+                    if read_only { "writable" } else { "read-only" }
+                ),
+            });
+        }
+        Ok(Some(device))
+    }
+
+    /// Clears away another attachment's device, if all its sockets are dead: attachments are never used again, so that
+    /// it cannot come back, and every request to it fails sooner or later.
+    fn replace(
+        &self,
+        driver: &mut Driver,
+        index: u32,
+        backend: &Backend,
+    ) -> Result<(), AttachError> {
+        let other = |device| AttachError::OtherAttachment {
+            volume: backend.volume.clone(),
+            device,
+            attachment: backend.attachment.clone(),
+        };
+        let record = self.record_for(index, backend)?;
+        let used = self
+            .system
+            .mounted_at(index)
+            .map_err(AttachError::system("read the mount table"))?;
+        if used.is_some() || !self.live_sockets(&record)?.is_empty() {
+            return Err(other(self.system.path(index)));
+        }
+        self.disconnect(driver, index, backend)
+    }
+
+    async fn connect(
+        self: Arc<Self>,
+        backend: &Backend,
+        request: Request,
+    ) -> Result<Device, AttachError> {
+        let volume = &request.volume;
+        let start = Instant::now();
+        let inner = self.clone();
+        let transport =
+            blocking(move || modules::transport(&inner.system, inner.config.proxy_allowed)).await?;
+        let address =
+            self.volumes
+                .endpoint(volume)
+                .await
+                .map_err(|source| AttachError::Endpoint {
+                    volume: volume.clone(),
+                    source,
+                })?;
+        let report = self.verify(backend, address, &request).await?;
+        let verified = start.elapsed();
+
+        let target = target(backend, address, &request.secret, transport.profile())?;
+        let (sessions, export) = sessions(&target, transport, backend, &request.options).await?;
+        if !request.read_only && export.flags.contains(TransmissionFlags::READ_ONLY) {
+            return Err(AttachError::Unsuitable {
+                volume: volume.clone(),
+                problem: "its server offers it read-only".into(),
+            });
+        }
+        let opened = start.elapsed();
+
+        let record = Record {
+            volume: volume.clone(),
+            attachment: request.attachment.clone(),
+            server: address,
+            transport,
+            read_only: request.read_only,
+            flags: export.flags,
+            epoch: export.epoch,
+            maximum_payload: export.maximum_payload,
+            // At most MOST_CONNECTIONS.
+            connections: u8::try_from(sessions.len()).unwrap_or(MOST_CONNECTIONS),
+            timeout_seconds: seconds(request.options.timeout),
+            dead_timeout_seconds: seconds(request.options.dead_timeout),
+            sockets: Vec::new(),
+            failed: None,
+        };
+        let inner = self.clone();
+        let mut device = blocking(move || inner.hand_over(record, sessions, &export)).await?;
+        device.report = report;
+        tracing::info!(
+            volume = %volume,
+            device = %device.path.display(),
+            transport = ?transport,
+            verify_ms = verified.as_millis(),
+            sessions_ms = (opened - verified).as_millis(),
+            connect_ms = (start.elapsed() - opened).as_millis(),
+            "attached"
+        );
+        Ok(device)
+    }
+
+    /// Verifies the server on sessions of their own, as the policy says.
+    async fn verify(
+        &self,
+        backend: &Backend,
+        address: std::net::SocketAddr,
+        request: &Request,
+    ) -> Result<Option<Arc<verify::Report>>, AttachError> {
+        let policy = request.options.policy;
+        if policy == verify::Policy::Off {
+            return Ok(None);
+        }
+        let target = target(backend, address, &request.secret, Profile::Probe)?;
+        let report = blocking(move || Ok(verify::battery(&target))).await?;
+        policy
+            .decide(&report)
+            .map_err(|source| AttachError::Verification {
+                volume: backend.volume.clone(),
+                source,
+            })?;
+        if report.findings().chain(report.not_run()).next().is_some() {
+            tracing::warn!(volume = %backend.volume, "the policy lets it pass: {report}");
+        }
+        Ok(Some(Arc::new(report)))
+    }
+
+    /// Gives the sessions to the kernel. The record is on disk first, so that a device is never without one.
+    fn hand_over(
+        &self,
+        mut record: Record,
+        sessions: Vec<Session>,
+        export: &Export,
+    ) -> Result<Device, AttachError> {
+        let timeout = Duration::from_secs(record.timeout_seconds);
+        let mut sockets = Vec::with_capacity(sessions.len());
+        for session in sessions {
+            let socket = session.into_socket(&record.volume, timeout, &self.proxies)?;
+            record.sockets.push(inode(&socket)?);
+            sockets.push(socket);
+        }
+        self.save(&record)?;
+        let made = self.make(&record, &sockets, export);
+        if made.is_err() {
+            // The record stays if its device does; the next attach or detach finds both.
+            if let Ok(None) = self.device_of(&record.volume) {
+                let _ = self.records.remove(&record.volume);
+            }
+        }
+        made
+    }
+
+    fn make(
+        &self,
+        record: &Record,
+        sockets: &[DeviceSocket],
+        export: &Export,
+    ) -> Result<Device, AttachError> {
+        let backend = record.backend();
+        let mut driver = modules::driver()?;
+        let mut flags = export.flags;
+        if record.read_only {
+            // Less than the server allows, never more: the kernel then refuses writes by itself.
+            flags = flags.with(TransmissionFlags::READ_ONLY);
+        }
+        let index = driver.connect(
+            &Connect {
+                size_bytes: export.size_bytes,
+                block_size_bytes: export.block_size_bytes,
+                timeout_seconds: record.timeout_seconds,
+                dead_timeout_seconds: record.dead_timeout_seconds,
+                server_flags: flags.0,
+                backend: &backend.to_string(),
+            },
+            sockets,
+        )?;
+        let ready = self
+            .check(index, &backend, export)
+            .and_then(|()| self.describe(index, &backend));
+        if ready.is_err()
+            && let Err(error) = self.disconnect(&mut driver, index, &backend)
+        {
+            tracing::error!(
+                "{} was not usable, and cannot be disconnected: {error}",
+                self.system.path(index).display()
+            );
+        }
+        ready
+    }
+
+    /// What the kernel shows must be what it was told.
+    fn check(&self, index: u32, backend: &Backend, export: &Export) -> Result<(), AttachError> {
+        let wrong = |problem: String| AttachError::Unsuitable {
+            volume: backend.volume.clone(),
+            problem: format!("{}: {problem}", self.system.path(index).display()),
+        };
+        let shown = self
+            .system
+            .backend(index)
+            .map_err(AttachError::system("read the device's backend identifier"))?;
+        if shown.as_ref() != Some(backend) {
+            return Err(wrong("the kernel does not show its volume".into()));
+        }
+        let size = self
+            .system
+            .size_bytes(index)
+            .map_err(AttachError::system("read the device's size"))?;
+        if size != export.size_bytes {
+            return Err(wrong(format!(
+                "the kernel shows {size} bytes in the place of {}",
+                export.size_bytes
+            )));
+        }
+        self.system
+            .wait_for_node(index, NODE)
+            .map_err(AttachError::system("find the device's node"))?;
+        self.system.tune(index, export.maximum_payload);
+        Ok(())
+    }
+}
+
+/// Opens the sessions. Only the first can say whether there may be more; all must agree.
+async fn sessions(
+    target: &Target,
+    transport: Transport,
+    backend: &Backend,
+    options: &Options,
+) -> Result<(Vec<Session>, Export), AttachError> {
+    let volume = &backend.volume;
+    let mut sessions = Vec::new();
+    for session in open_all(target, transport, volume, 1).await? {
+        sessions.push(session?);
+    }
+    let info = sessions
+        .first()
+        .map(|session| session.transmission().info.clone())
+        .ok_or(AttachError::Interrupted)?;
+    let export = Export::new(volume, &info)?;
+    if export.flags.contains(TransmissionFlags::CAN_MULTI_CONN) {
+        let more = options.connections.clamp(1, MOST_CONNECTIONS) - 1;
+        for session in open_all(target, transport, volume, more.into()).await? {
+            sessions.push(session?);
+        }
+    }
+    if sessions
+        .iter()
+        .any(|session| session.transmission().info != info)
+    {
+        return Err(AttachError::Unsuitable {
+            volume: volume.clone(),
+            problem: "its server says different things of it on different connections".into(),
+        });
+    }
+    Ok((sessions, export))
+}
+
+pub(super) fn inode(socket: &DeviceSocket) -> Result<u64, AttachError> {
+    socket
+        .inode()
+        .map_err(AttachError::system("identify a socket"))
+}
+
+/// Whole seconds, at least one: 0 would mean no timeout to the driver.
+fn seconds(duration: Duration) -> u64 {
+    (duration.as_secs() + u64::from(duration.subsec_nanos() > 0)).max(1)
+}

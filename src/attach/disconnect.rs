@@ -1,0 +1,185 @@
+//! Removing a device, and growing it.
+
+use std::fs::File;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::backend::Backend;
+use super::error::AttachError;
+use super::kernel::Driver;
+use super::session::{Export, target};
+use super::{Inner, blocking, modules, system};
+use crate::client::ProbeSession;
+use crate::tls::Profile;
+use crate::volumes::VolumeId;
+
+/// Teardown is asynchronous, and udev may still look at the device (K30).
+const TEARDOWN: Duration = Duration::from_secs(15);
+
+/// The driver takes a new size at once; a system under load may show it a little later.
+const RESIZE: Duration = Duration::from_secs(5);
+
+impl Inner {
+    pub(super) async fn detach(self: Arc<Self>, volume: &VolumeId) -> Result<(), AttachError> {
+        self.unwatch(volume);
+        let _lock = self.lock(volume).await;
+        let (inner, volume) = (self.clone(), volume.clone());
+        blocking(move || {
+            while let Some((index, backend)) = inner.device_of(&volume)? {
+                let mut driver = modules::driver()?;
+                inner.check_unused(index, &volume)?;
+                inner.flush(index, &backend);
+                inner.disconnect(&mut driver, index, &backend)?;
+                tracing::info!(%volume, device = %inner.system.path(index).display(), "detached");
+            }
+            inner
+                .records
+                .remove(&volume)
+                .map_err(AttachError::system("remove a device's record"))
+        })
+        .await
+    }
+
+    /// Disconnects a device that has this backend identifier, and waits until nothing of it is left.
+    pub(super) fn disconnect(
+        &self,
+        driver: &mut Driver,
+        index: u32,
+        backend: &Backend,
+    ) -> Result<(), AttachError> {
+        let shown = self
+            .system
+            .backend(index)
+            .map_err(AttachError::system("read the device's backend identifier"))?;
+        // The driver does not compare, and an index is used again as soon as it is free (K10).
+        if shown.as_ref() == Some(backend) {
+            driver.disconnect(index)?;
+        }
+        let left = self
+            .system
+            .wait_until_gone(index, TEARDOWN)
+            .map_err(AttachError::system("see the device go"))?;
+        match left {
+            None => Ok(()),
+            Some(problem) => Err(AttachError::InUse {
+                volume: backend.volume.clone(),
+                device: self.system.path(index),
+                problem,
+            }),
+        }
+    }
+
+    /// A device that is mounted, or below another, is never taken away.
+    fn check_unused(&self, index: u32, volume: &VolumeId) -> Result<(), AttachError> {
+        let in_use = |problem| AttachError::InUse {
+            volume: volume.clone(),
+            device: self.system.path(index),
+            problem,
+        };
+        let mounted = self
+            .system
+            .mounted_at(index)
+            .map_err(AttachError::system("read the mount table"))?;
+        if let Some(target) = mounted {
+            return Err(in_use(format!("it is mounted at {target}")));
+        }
+        // udev opens a device after its last close; what it stacks goes again by itself.
+        let holders = || {
+            let holders = self.system.holders(index)?;
+            Ok(holders.is_empty().then_some(()))
+        };
+        if system::wait(TEARDOWN, holders)
+            .map_err(AttachError::system("list what is stacked on the device"))?
+            .is_none()
+        {
+            return Err(in_use("another device is stacked on it".into()));
+        }
+        Ok(())
+    }
+
+    /// Asks the server to write out what it has, while there is one to ask. Whoever wrote to the device and cared has
+    /// done so before; this is for those who only closed it.
+    fn flush(&self, index: u32, backend: &Backend) {
+        let live = self
+            .record_for(index, backend)
+            .and_then(|record| self.live_sockets(&record));
+        if !live.is_ok_and(|live| !live.is_empty()) {
+            return;
+        }
+        let path = self.system.path(index);
+        if let Err(error) = File::open(&path).and_then(|device| device.sync_all()) {
+            tracing::warn!(volume = %backend.volume, "{}: the last flush failed: {error}", path.display());
+        }
+    }
+
+    pub(super) async fn grow(
+        self: Arc<Self>,
+        volume: &VolumeId,
+        wanted: u64,
+    ) -> Result<u64, AttachError> {
+        let _lock = self.lock(volume).await;
+        let (inner, name) = (self.clone(), volume.clone());
+        let (index, backend, size) = blocking(move || {
+            let (index, backend) = inner
+                .device_of(&name)?
+                .ok_or(AttachError::NotAttached(name))?;
+            let device = inner.describe(index, &backend)?;
+            Ok((index, backend, device.size_bytes))
+        })
+        .await?;
+        if size >= wanted {
+            return Ok(size);
+        }
+        let served = self.served(&backend).await?.size_bytes;
+        if served < wanted {
+            return Err(AttachError::Unsuitable {
+                volume: volume.clone(),
+                problem: format!("its server offers {served} bytes, but {wanted} are wanted"),
+            });
+        }
+        let inner = self.clone();
+        blocking(move || inner.resize(index, &backend, served)).await
+    }
+
+    /// What the server says of the export now.
+    async fn served(&self, backend: &Backend) -> Result<Export, AttachError> {
+        let volume = backend.volume.clone();
+        let (address, secret) = self.whereabouts(&volume).await?;
+        let target = target(backend, address, &secret, Profile::Probe)?;
+        blocking(move || {
+            let failed = |source| AttachError::Session {
+                volume: volume.clone(),
+                source,
+            };
+            let mut session = ProbeSession::connect(&target).map_err(failed)?;
+            let info = session.info(&target.export).map_err(failed)?;
+            session.abort();
+            match info {
+                Ok(info) => Export::new(&volume, &info),
+                Err(refusal) => Err(AttachError::Unsuitable {
+                    volume,
+                    problem: format!("its server does not offer it any more: {refusal}"),
+                }),
+            }
+        })
+        .await
+    }
+
+    fn resize(&self, index: u32, backend: &Backend, size: u64) -> Result<u64, AttachError> {
+        let mut driver = modules::driver()?;
+        driver.resize(index, &backend.to_string(), size)?;
+        let shown = || {
+            let shown = self.system.size_bytes(index)?;
+            Ok((shown == size).then_some(shown))
+        };
+        system::wait(RESIZE, shown)
+            .map_err(AttachError::system("read the device's size"))?
+            .ok_or_else(|| AttachError::Unsuitable {
+                volume: backend.volume.clone(),
+                problem: format!(
+                    "{} does not become {size} bytes long",
+                    self.system.path(index).display()
+                ),
+            })
+    }
+}

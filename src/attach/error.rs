@@ -1,0 +1,166 @@
+//! Why a kernel device could not be made, kept, grown or removed.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::kernel::KernelError;
+use crate::client::ClientError;
+use crate::sys::ktls::KernelTlsError;
+use crate::tls::CertificateError;
+use crate::verify::Refused;
+use crate::volumes::{AttachmentId, VolumeId, VolumesError};
+
+/// What the caller can do about an [`AttachError`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// Try again: a server that is away, a device still in use.
+    Unavailable,
+    /// Change something on the node, at the server or in the request first; the message says what.
+    Precondition,
+    /// The volume has no device on this node.
+    NotFound,
+    /// A fault of this node or of Hawser.
+    Internal,
+}
+
+/// Why an operation on a device failed. Unless the message says otherwise, nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    #[error(
+        "the kernel module nbd is not loaded on this node, and loading it failed ({problem}); load it with \
+         `modprobe nbd`"
+    )]
+    NoDriver { problem: String },
+    #[error(
+        "the kernel module tls is not loaded on this node, and loading it failed ({problem}); load it with \
+         `modprobe tls`, or allow the userspace proxy"
+    )]
+    NoKernelTls { problem: String },
+    #[error("volume {volume}: cannot tell where its server is")]
+    Endpoint {
+        volume: VolumeId,
+        #[source]
+        source: VolumesError,
+    },
+    #[error("volume {volume}: its client certificate cannot be used")]
+    Certificate {
+        volume: VolumeId,
+        #[source]
+        source: CertificateError,
+    },
+    #[error("volume {volume}: no session with its server")]
+    Session {
+        volume: VolumeId,
+        #[source]
+        source: ClientError,
+    },
+    #[error("volume {volume} is not attached")]
+    Verification {
+        volume: VolumeId,
+        #[source]
+        source: Refused,
+    },
+    #[error("volume {volume}: {problem}")]
+    Unsuitable { volume: VolumeId, problem: String },
+    #[error(
+        "volume {volume}: the server says epoch {found}, but its device was made in epoch {known}: the storage host \
+         lost what it had not yet written to its disks"
+    )]
+    EpochChanged {
+        volume: VolumeId,
+        known: u64,
+        found: u64,
+    },
+    #[error(
+        "volume {volume} is on {} already, for another attachment ({attachment}); unstage that one first", .device.display()
+    )]
+    OtherAttachment {
+        volume: VolumeId,
+        device: PathBuf,
+        attachment: AttachmentId,
+    },
+    #[error("volume {volume}: {} is in use: {problem}", .device.display())]
+    InUse {
+        volume: VolumeId,
+        device: PathBuf,
+        problem: String,
+    },
+    #[error(
+        "volume {volume}: {} was disconnected, but is still in use: {problem}; close it, then stage the volume again",
+        .device.display()
+    )]
+    Disconnected {
+        volume: VolumeId,
+        device: PathBuf,
+        problem: String,
+    },
+    #[error(
+        "volume {volume}: nothing is recorded of {}, so its sockets cannot be replaced; unstage the volume, then \
+         stage it again", .device.display()
+    )]
+    Unrecorded { volume: VolumeId, device: PathBuf },
+    #[error("volume {0} has no device on this node")]
+    NotAttached(VolumeId),
+    #[error("volume {volume}: its sockets are not encrypted, so no device was made of them")]
+    KernelTls {
+        volume: VolumeId,
+        #[source]
+        source: KernelTlsError,
+    },
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error("cannot {doing}")]
+    System {
+        doing: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the operation was cut short by the end of this process")]
+    Interrupted,
+}
+
+impl AttachError {
+    /// What the caller can do.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Endpoint { source, .. } => match source {
+                VolumesError::NotFound(_) => ErrorKind::NotFound,
+                _ => ErrorKind::Unavailable,
+            },
+            Self::Session { source, .. } if source.is_transient() => ErrorKind::Unavailable,
+            Self::InUse { .. } | Self::Disconnected { .. } | Self::Interrupted => {
+                ErrorKind::Unavailable
+            }
+            Self::NoDriver { .. }
+            | Self::NoKernelTls { .. }
+            | Self::Certificate { .. }
+            | Self::Session { .. }
+            | Self::Verification { .. }
+            | Self::Unsuitable { .. }
+            | Self::EpochChanged { .. }
+            | Self::OtherAttachment { .. }
+            | Self::Unrecorded { .. }
+            | Self::KernelTls { .. } => ErrorKind::Precondition,
+            Self::NotAttached(_) => ErrorKind::NotFound,
+            Self::Kernel(_) | Self::System { .. } => ErrorKind::Internal,
+        }
+    }
+
+    /// Names what could not be done with the system.
+    pub(super) fn system(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::System { doing, source }
+    }
+}
+
+/// An error and all that caused it, for a log line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}

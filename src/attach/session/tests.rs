@@ -1,0 +1,113 @@
+use super::*;
+use crate::attach::record::tests::record;
+use crate::nbd::BlockSizes;
+
+fn volume() -> VolumeId {
+    record(1, 1).volume
+}
+
+fn info() -> ExportInfo {
+    ExportInfo {
+        size: 1 << 30,
+        flags: record(1, 1).flags,
+        block_sizes: Some(BlockSizes {
+            minimum: 1,
+            preferred: 4096,
+            maximum_payload: 32 << 20,
+        }),
+        description: Some(format!("hawser volume={} epoch=7", volume())),
+    }
+}
+
+fn problem(outcome: Result<impl std::fmt::Debug, AttachError>) -> String {
+    outcome.unwrap_err().to_string()
+}
+
+#[test]
+fn an_export_says_what_its_device_is() {
+    let export = Export::new(&volume(), &info()).unwrap();
+    assert_eq!(export.size_bytes, 1 << 30);
+    assert_eq!(export.block_size_bytes, 512);
+    assert_eq!(export.epoch, Some(7));
+    let foreign = ExportInfo {
+        size: 1_000_000,
+        block_sizes: None,
+        description: Some("hawser-like".into()),
+        ..info()
+    };
+    let export = Export::new(&volume(), &foreign).unwrap();
+    assert_eq!(export.size_bytes, 1953 * 512);
+    assert_eq!((export.epoch, export.maximum_payload), (None, None));
+}
+
+#[test]
+fn exports_of_which_no_device_can_be_made_are_refused() {
+    let empty = ExportInfo {
+        size: 511,
+        ..info()
+    };
+    assert!(problem(Export::new(&volume(), &empty)).contains("no data"));
+    let other = record(2, 1).volume;
+    assert!(problem(Export::new(&other, &info())).contains("serves vol-01"));
+    let coarse = ExportInfo {
+        block_sizes: Some(BlockSizes {
+            minimum: 1 << 16,
+            preferred: 1 << 16,
+            maximum_payload: 32 << 20,
+        }),
+        ..info()
+    };
+    assert!(problem(Export::new(&volume(), &coarse)).contains("65536"));
+}
+
+#[test]
+fn k20_only_the_same_export_may_go_on() {
+    let size = 1 << 30;
+    let record = record(1, 1);
+    let same = Export::new(&volume(), &info()).unwrap();
+    same.check_against(&record, size).unwrap();
+
+    let mut grown = same.clone();
+    grown.size_bytes *= 2;
+    grown.flags = grown.flags.with(TransmissionFlags::SEND_TRIM);
+    grown.check_against(&record, size).unwrap();
+    assert!(problem(same.check_against(&record, 2 * size)).contains("offers 1073741824 bytes"));
+
+    let mut other = same.clone();
+    other.epoch = Some(8);
+    assert!(matches!(
+        other.check_against(&record, size),
+        Err(AttachError::EpochChanged {
+            known: 7,
+            found: 8,
+            ..
+        })
+    ));
+    other.epoch = None;
+    assert!(problem(other.check_against(&record, size)).contains("another kind"));
+
+    let mut poorer = same.clone();
+    poorer.flags = poorer.flags.without(TransmissionFlags::SEND_FLUSH);
+    assert!(problem(poorer.check_against(&record, size)).contains("SEND_FLUSH"));
+    let mut frozen = same.clone();
+    frozen.flags = frozen.flags.with(TransmissionFlags::READ_ONLY);
+    assert!(problem(frozen.check_against(&record, size)).contains("READ_ONLY"));
+    let mut narrow = same;
+    narrow.maximum_payload = Some(1 << 20);
+    assert!(narrow.check_against(&record, size).is_err());
+}
+
+#[test]
+fn a_description_that_is_not_ours_says_nothing() {
+    assert_eq!(described("hawser volume=v epoch=3"), Some(("v", 3)));
+    for other in [
+        "",
+        "hawser",
+        "hawser volume=v",
+        "hawser epoch=3 volume=v",
+        "hawser volume=v epoch=x",
+        "hawser volume=v epoch=3 more",
+    ] {
+        assert_eq!(described(other), None, "{other}");
+    }
+}
