@@ -1,0 +1,40 @@
+# `make check` while working, `make test` before handing over; CONTRIBUTING.md says what each target is.
+
+export HAWSER_CACHE ?= $(HOME)/.cache/hawser
+
+install = @tests/support/install
+
+# What `make test` runs, in this order: what fails soonest comes first.
+TIERS = check deny fuzz csi server verify peers kernel
+
+.PHONY: test demo $(TIERS)
+
+test:
+	@tests/support/tiers $(TIERS)
+
+check:
+	$(install) build
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo test --locked --lib --bins
+
+# The advisories' database is not in any registry of packages; see tests/support/tiers.
+deny:
+	$(install) deny
+	$(HAWSER_CACHE)/bin/cargo-deny --locked check bans licenses sources
+
+fuzz:
+	$(install) build
+	tests/fuzz/run
+
+csi server:
+	$(install) build
+	cargo test --locked --test $@
+
+verify peers kernel:
+	$(install) $@
+	cargo test --locked --test $@
+
+demo:
+	$(install) demo
+	cargo run --locked --quiet -- demo
