@@ -5,7 +5,7 @@ export HAWSER_CACHE ?= $(HOME)/.cache/hawser
 install = @tests/support/install
 
 # What `make test` runs, in this order: what fails soonest comes first.
-TIERS = check deny fuzz csi server verify peers kernel
+TIERS = check deny fuzz csi server verify peers standalone kernel
 
 .PHONY: test demo $(TIERS)
 
@@ -27,7 +27,7 @@ fuzz:
 	$(install) build
 	tests/fuzz/run
 
-csi server:
+csi server standalone:
 	$(install) build
 	cargo test --locked --test $@
 
