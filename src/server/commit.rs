@@ -80,3 +80,11 @@ impl Commits {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+impl Commits {
+    /// Requests whose fdatasync has not begun.
+    pub(super) fn waiting(&self) -> usize {
+        self.state().waiting.len()
+    }
+}

@@ -20,6 +20,9 @@ mod serve;
 mod service;
 mod session;
 mod store;
+mod subject;
+#[cfg(test)]
+mod tests;
 mod wake;
 mod workers;
 

@@ -103,6 +103,8 @@ pub(super) enum Refused {
     Crowded(usize),
     #[error("export {name:?}: {reason}")]
     NotNow { name: ExportName, reason: NotNow },
+    #[error("the negotiation failed in a way it never should: this is a bug")]
+    Bug,
 }
 
 impl Refused {
@@ -117,6 +119,7 @@ impl Refused {
             Self::Deadline(_) => "deadline",
             Self::Crowded(_) => "crowded",
             Self::NotNow { .. } => "not-allowed",
+            Self::Bug => "bug",
         }
     }
 }
@@ -447,7 +450,7 @@ impl Exports for Visible<'_> {
         let found = self.service.exports.find(name);
         if found.is_none() {
             let (peer, identity) = (self.peer, self.identity);
-            tracing::info!(%peer, %identity, export = ?name, "asked for an export that is not allowed");
+            tracing::info!(%peer, ?identity, export = ?name, "asked for an export that is not allowed");
         }
         found.map(|export| self.service.info(&export))
     }

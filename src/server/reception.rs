@@ -6,19 +6,21 @@
 //! itself.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
-use tracing::{info, info_span, warn};
+use tracing::{error, info, info_span, warn};
 
 use super::negotiation::{Established, Negotiation, Progress, Refused};
-use super::service::Service;
+use super::service::{Service, Telling};
 use super::session::{Ending, Session};
 use super::wake::Wake;
 
@@ -71,11 +73,15 @@ impl Reception {
         std::thread::Builder::new()
             .name("reception".into())
             .stack_size(STACK)
-            .spawn(move || self.run())
+            .spawn(move || {
+                // Without this thread nobody can connect: better to be started again than to stay deaf.
+                let _deaf = Deaf;
+                self.run();
+            })
             .map(drop)
     }
 
-    fn run(mut self) {
+    fn run(mut self) -> Infallible {
         loop {
             self.service
                 .negotiating
@@ -204,10 +210,13 @@ impl Reception {
             return;
         };
         let peer = negotiation.peer;
-        match negotiation.advance(&self.service) {
-            Progress::Waiting => return,
-            Progress::Transmission(established) => self.begin(*established),
-            Progress::Over(refused) => self.refuse(peer, &refused),
+        let service = &self.service;
+        // One client's negotiation must not be the end of all others'.
+        match std::panic::catch_unwind(AssertUnwindSafe(|| negotiation.advance(service))) {
+            Ok(Progress::Waiting) => return,
+            Ok(Progress::Transmission(established)) => self.begin(*established),
+            Ok(Progress::Over(refused)) => self.refuse(peer, &refused),
+            Err(_) => self.refuse(peer, &Refused::Bug),
         }
         self.negotiations.remove(index);
     }
@@ -228,8 +237,13 @@ impl Reception {
     }
 
     fn refuse(&self, peer: SocketAddr, refused: &Refused) {
-        self.service.refused.count(refused.reason());
-        info!(%peer, reason = refused.reason(), "no session: {refused}");
+        let reason = refused.reason();
+        // Anybody can make these lines, so there is a limit to them.
+        match self.service.refused.count(reason) {
+            Telling::Tell { untold: 0 } => info!(%peer, reason, "no session: {refused}"),
+            Telling::Tell { untold } => info!(%peer, reason, untold, "no session: {refused}"),
+            Telling::Keep => {}
+        }
     }
 
     /// Gives an established session its thread.
@@ -247,10 +261,10 @@ impl Reception {
             .stack_size(STACK)
             .spawn(move || {
                 let export = session.export.clone();
-                let _span = info_span!("session", %export, %peer).entered();
+                let _span = info_span!("session", ?export, %peer).entered();
                 let tls = channel.tls();
                 info!(
-                    %identity,
+                    ?identity,
                     version = ?tls.protocol_version(),
                     cipher = ?tls.negotiated_cipher_suite().map(|suite| suite.suite()),
                     structured = session.structured,
@@ -271,6 +285,16 @@ impl Reception {
             warn!(%peer, "no thread for a session: {error}");
             self.service.refused.count("no-thread");
         }
+    }
+}
+
+/// Ends the process when it is dropped.
+struct Deaf;
+
+impl Drop for Deaf {
+    fn drop(&mut self) {
+        error!("no more connections can be accepted: this is a bug");
+        std::process::abort();
     }
 }
 

@@ -1,38 +1,29 @@
 //! `hawser serve`: from the command line to the end of the process.
 
-use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
-use rustix::fs::{FlockOperation, Mode, flock};
+use rustix::fs::Mode;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::{error, info, warn};
 
-use super::attachments::Attachments;
-use super::budget::Budget;
-use super::commit::Commits;
 use super::control::{self, ControlService, Drain};
-use super::epoch::Epoch;
-use super::exports::{Exports, Order};
+use super::exports::Order;
 use super::reception::Reception;
-use super::service::{Refusals, Service};
-use super::store::Store;
+use super::service::Service;
+use super::subject::{OpenVolume, Subject};
 use super::wake::Wake;
-use super::workers::Workers;
-use crate::nbd::{ExportName, MAX_PAYLOAD};
+use crate::nbd::ExportName;
 use crate::proto::control::control_server::ControlServer;
 use crate::tls::{self, Refresh, ServerOptions, ServerTls};
 use crate::volumes::VolumeId;
-
-/// Memory of one session's requests: the largest request there may be.
-const PER_SESSION: usize = MAX_PAYLOAD as usize + (1 << 20);
 
 /// How often the certificate files are looked at.
 const RELOAD: Duration = Duration::from_secs(2);
@@ -86,40 +77,23 @@ fn export_name(text: &str) -> Result<ExportName, crate::nbd::InvalidExportName> 
     ExportName::try_from(text)
 }
 
-/// What the two ways to serve have different.
-struct Subject {
-    store: Arc<Store>,
-    clients: Vec<String>,
-    exports: Arc<Exports>,
-    description: Option<String>,
-    volume: Option<OpenVolume>,
-}
-
-/// A volume that is open, and locked until the process ends.
-struct OpenVolume {
-    id: VolumeId,
-    attachments: Arc<Attachments>,
-    epoch: Arc<Mutex<Epoch>>,
-    control: PathBuf,
-    _lock: File,
-}
-
 /// Serves until told to stop.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     // Nothing that is made here is for others: neither the control socket nor the records.
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
-    let subject = Subject::open(&args)?;
-    let tls = ServerTls::load(
-        &args.certificates,
-        ServerOptions {
-            tls12: args.tls12,
-            clients: subject.clients.clone(),
-        },
-    )?;
+    let clients = match &args.volume {
+        Some(volume) => vec![tls::client_identity(volume)],
+        None => args.client.clone(),
+    };
+    let tls12 = args.tls12;
+    let tls = ServerTls::load(&args.certificates, ServerOptions { tls12, clients })?;
     let listener =
         TcpListener::bind(args.listen).with_context(|| format!("listen on {}", args.listen))?;
     let address = listener.local_addr().context("find the address")?;
-    let service = Arc::new(service(&subject, tls, args.request_memory));
+    // Last, for it opens an epoch: a server that cannot be reached must not leave one behind.
+    let subject = args.subject()?;
+    let pool = (args.request_memory as usize) << 20;
+    let service = Arc::new(subject.service(tls, pool));
     let wake = Arc::new(Wake::new().context("make an eventfd")?);
     Reception::new(Arc::clone(&service), listener, Arc::clone(&wake))
         .and_then(Reception::start)
@@ -141,117 +115,24 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     ended
 }
 
-impl Subject {
-    fn open(args: &Args) -> anyhow::Result<Self> {
-        let exports = Arc::new(Exports::default());
-        match (args, &args.volume, &args.file) {
-            (
-                Args {
-                    directory: Some(directory),
-                    control: Some(control),
-                    ..
-                },
-                Some(id),
-                None,
-            ) => Self::volume(id, directory, control, exports),
-            (
-                Args {
-                    export: Some(name), ..
-                },
-                None,
-                Some(file),
-            ) => {
-                let store = Store::open(file, args.read_only)?;
-                store.lock(args.read_only)?;
-                exports.allow(name.clone(), args.read_only);
-                Ok(Self {
-                    store: Arc::new(store),
-                    clients: args.client.clone(),
-                    exports,
-                    description: None,
-                    volume: None,
-                })
+impl Args {
+    fn subject(&self) -> anyhow::Result<Subject> {
+        let Self {
+            volume,
+            directory,
+            control,
+            file,
+            export,
+            read_only,
+            ..
+        } = self;
+        match (volume, directory, control, file, export) {
+            (Some(id), Some(directory), Some(control), None, None) => {
+                Subject::volume(id, directory, control)
             }
+            (None, None, None, Some(file), Some(export)) => Subject::file(file, export, *read_only),
             _ => bail!("give --volume with --directory and --control, or --file with --export"),
         }
-    }
-
-    fn volume(
-        id: &VolumeId,
-        directory: &Path,
-        control: &Path,
-        exports: Arc<Exports>,
-    ) -> anyhow::Result<Self> {
-        let lock = lock(&directory.join("lock"))?;
-        let store = Store::open(&directory.join("data"), false)?;
-        let epoch = Epoch::open(directory)?;
-        let attachments = Attachments::load(directory, id.clone(), Arc::clone(&exports))?;
-        Ok(Self {
-            store: Arc::new(store),
-            clients: vec![tls::client_identity(id)],
-            exports,
-            description: Some(format!("hawser volume={id} epoch={}", epoch.number())),
-            volume: Some(OpenVolume {
-                id: id.clone(),
-                attachments: Arc::new(attachments),
-                epoch: Arc::new(Mutex::new(epoch)),
-                control: control.to_owned(),
-                _lock: lock,
-            }),
-        })
-    }
-}
-
-/// Takes the volume for this process: the kernel gives it back when the process ends, however that comes.
-fn lock(path: &Path) -> anyhow::Result<File> {
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(path)
-        .with_context(|| format!("{}: open the lock", path.display()))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            bail!("{}: another server serves this volume", path.display())
-        }
-        Err(errno) => Err(errno).with_context(|| format!("{}: lock", path.display())),
-    }
-}
-
-fn service(subject: &Subject, tls: ServerTls, request_memory: u32) -> Service {
-    let workers = Workers::default();
-    let epoch = subject
-        .volume
-        .as_ref()
-        .map(|volume| Arc::clone(&volume.epoch));
-    let on_loss = move || {
-        error!("the system lost writes that were acknowledged: this volume's epoch ends here");
-        let Some(epoch) = &epoch else {
-            return;
-        };
-        if let Err(problem) = epoch.lock().unwrap_or_else(PoisonError::into_inner).lose() {
-            error!("{problem}");
-        }
-    };
-    Service {
-        store: Arc::clone(&subject.store),
-        commits: Arc::new(Commits::new(
-            Arc::clone(&subject.store),
-            workers.clone(),
-            on_loss,
-        )),
-        workers,
-        budget: Arc::new(Budget::new((request_memory as usize) << 20, PER_SESSION)),
-        exports: Arc::clone(&subject.exports),
-        tls,
-        description: subject.description.clone(),
-        listed: subject.volume.is_none(),
-        limits: crate::nbd::server::Limits::default(),
-        draining: AtomicBool::new(false),
-        negotiating: AtomicUsize::new(0),
-        refused: Refusals::default(),
-        started: Instant::now(),
     }
 }
 

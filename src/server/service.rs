@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::budget::Budget;
 use super::commit::Commits;
@@ -19,6 +19,10 @@ pub(super) const BLOCK_SIZES: BlockSizes = BlockSizes {
     preferred: 4096,
     maximum_payload: MAX_PAYLOAD,
 };
+
+/// Refusals that are logged in a second.
+const LINES: u32 = 20;
+const SECOND: Duration = Duration::from_secs(1);
 
 /// One store, served to whoever may have it.
 pub(super) struct Service {
@@ -67,18 +71,63 @@ impl Service {
 
 /// Connections that ended without a session, counted by reason.
 #[derive(Debug, Default)]
-pub(super) struct Refusals(Mutex<BTreeMap<&'static str, u64>>);
+pub(super) struct Refusals(Mutex<Refused>);
+
+#[derive(Debug, Default)]
+struct Refused {
+    counts: BTreeMap<&'static str, u64>,
+    /// Lines in the log since this moment.
+    since: Option<Instant>,
+    told: u32,
+    untold: u64,
+}
+
+/// Whether a refusal is worth a line in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Telling {
+    /// `untold` before it were not.
+    Tell {
+        untold: u64,
+    },
+    Keep,
+}
 
 impl Refusals {
-    pub(super) fn count(&self, reason: &'static str) {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *counts.entry(reason).or_default() += 1;
+    pub(super) fn count(&self, reason: &'static str) -> Telling {
+        let mut refused = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *refused.counts.entry(reason).or_default() += 1;
+        let now = Instant::now();
+        if refused.since.is_none_or(|since| now - since >= SECOND) {
+            refused.since = Some(now);
+            refused.told = 0;
+        }
+        if refused.told >= LINES {
+            refused.untold += 1;
+            return Telling::Keep;
+        }
+        refused.told += 1;
+        Telling::Tell {
+            untold: std::mem::take(&mut refused.untold),
+        }
     }
 
     pub(super) fn counts(&self) -> BTreeMap<&'static str, u64> {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        let refused = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.counts.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_are_all_counted_but_not_all_told() {
+        let refusals = Refusals::default();
+        let told = (0..1000)
+            .filter(|_| refusals.count("left") != Telling::Keep)
+            .count();
+        assert!(told < 1000 && told >= LINES as usize, "{told}");
+        assert_eq!(refusals.counts().get("left"), Some(&1000));
     }
 }

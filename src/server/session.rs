@@ -192,6 +192,9 @@ impl Session {
             self.obey()?;
             self.receive()?;
             self.transmit()?;
+            if self.resume()? {
+                continue;
+            }
             let settled =
                 self.in_flight == 0 && self.outgoing.is_empty() && !self.channel.is_sending();
             if settled && matches!(self.receiving, Receiving::Over(_)) {
@@ -229,9 +232,6 @@ impl Session {
 
     /// Reads and starts requests, until there are none or until there is no room.
     fn receive(&mut self) -> Result<(), Ending> {
-        if let Receiving::Waiting { cookie, request } = self.receiving {
-            self.begin(cookie, request)?;
-        }
         while self.wants_requests() {
             match self.channel.receive()? {
                 Received::Plaintext => {}
@@ -245,6 +245,15 @@ impl Session {
             self.advance()?;
         }
         Ok(())
+    }
+
+    /// Starts the request that waits for memory, if there is some now: sending replies gave it back.
+    fn resume(&mut self) -> Result<bool, ChannelError> {
+        let Receiving::Waiting { cookie, request } = self.receiving else {
+            return Ok(false);
+        };
+        self.begin(cookie, request)?;
+        Ok(!matches!(self.receiving, Receiving::Waiting { .. }))
     }
 
     /// Whether there is room for another request, or for the rest of this one.

@@ -20,6 +20,9 @@ use crate::nbd::Errno;
 use crate::nbd::reply::Extent;
 use crate::nbd::request::Range;
 
+#[cfg(test)]
+mod tests;
+
 /// How much is written at a time where zeroes must be written one by one.
 const ZEROES: usize = 256 << 10;
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Threads at most: enough to keep an SSD's queue busy.
-const MOST: usize = 16;
+pub(super) const MOST: usize = 16;
 
 /// How long a thread waits for work before it ends.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -64,6 +64,14 @@ impl Workers {
                 job();
             }
         }
+    }
+}
+
+#[cfg(test)]
+impl Workers {
+    /// Jobs that nobody has begun.
+    pub(super) fn waiting(&self) -> usize {
+        self.0.state().jobs.len()
     }
 }
 
