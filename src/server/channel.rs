@@ -21,6 +21,8 @@ pub(super) struct Channel {
     incoming: Vec<u8>,
     start: usize,
     end: usize,
+    /// The peer said that it will send nothing more.
+    closed: bool,
 }
 
 /// What came of waiting for bytes.
@@ -53,6 +55,7 @@ impl Channel {
             incoming: vec![0; incoming],
             start: 0,
             end: 0,
+            closed: false,
         }
     }
 
@@ -73,6 +76,10 @@ impl Channel {
             if !self.plaintext().is_empty() {
                 return Ok(Received::Plaintext);
             }
+            // What follows is not for rustls, which would not take it.
+            if self.closed {
+                return Ok(Received::End);
+            }
             if self.start < self.end {
                 let mut ciphertext = &self.incoming[self.start..self.end];
                 let available = ciphertext.len();
@@ -86,9 +93,7 @@ impl Channel {
                         return Err(ChannelError::Tls(error));
                     }
                 };
-                if state.peer_has_closed() && state.plaintext_bytes_to_read() == 0 {
-                    return Ok(Received::End);
-                }
+                self.closed = state.peer_has_closed();
                 continue;
             }
             match self.socket.read(&mut self.incoming) {
@@ -108,9 +113,9 @@ impl Channel {
         self.tls.reader().into_first_chunk().unwrap_or_default()
     }
 
-    /// Whether bytes are here that [`Channel::receive`] could turn into plaintext without the socket.
+    /// Whether [`Channel::receive`] has something to say without the socket.
     pub(super) fn has_buffered(&mut self) -> bool {
-        self.start < self.end || !self.plaintext().is_empty()
+        self.start < self.end || self.closed || !self.plaintext().is_empty()
     }
 
     pub(super) fn consume(&mut self, length: usize) {

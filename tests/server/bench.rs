@@ -14,7 +14,9 @@ use hawser::proto::control::control_client::ControlClient;
 use hawser::tls::{self, Authority, Leaf, Profile, Secret, Side};
 use hawser::volumes::{AttachmentId, VolumeId};
 use hyper_util::rt::TokioIo;
-use rustls::ClientConfig;
+use rustls::{ClientConfig, RootCertStore, SupportedProtocolVersion};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tempfile::TempDir;
 use tonic::transport::{Channel, Endpoint};
 
@@ -80,7 +82,8 @@ impl Bench {
     pub(crate) fn client_with(&self, change: impl FnOnce(&mut Leaf)) -> Arc<ClientConfig> {
         let mut leaf = Leaf::new(Side::Client, vec![tls::client_identity(&self.volume)]);
         change(&mut leaf);
-        config(&self.authority.issue(&leaf).unwrap())
+        let secret = self.authority.issue(&leaf).unwrap();
+        unchecked_config(&secret, rustls::DEFAULT_VERSIONS)
     }
 
     /// Serves the file by hand.
@@ -92,6 +95,38 @@ impl Bench {
             .arg(self.data())
             .args(["--export", EXPORT, "--client", &client])
             .args(more);
+        Server::start(command)
+    }
+
+    /// Serves a file of that size by hand, on a file system that is mounted for the server alone.
+    pub(crate) fn serve_file_on(&self, kind: &str, options: &str, size: u64) -> Server {
+        let mounted = self.path("mounted");
+        std::fs::create_dir(&mounted).unwrap();
+        let script = format!(
+            "mount -t {kind} -o 'mode=700,{options}' none '{0}' && truncate -s {size} '{0}/data' && exec \"$@\"",
+            mounted.display()
+        );
+        let mut command = Command::new("unshare");
+        command.args(["--map-root-user", "--mount", "sh", "-c", &script, "sh"]);
+        self.serve_through(command, &mounted.join("data"))
+    }
+
+    /// Serves the file by hand, in a process that may write no file longer than `limit` bytes.
+    pub(crate) fn serve_file_with_limit(&self, limit: u64) -> Server {
+        let mut command = Command::new("prlimit");
+        command.arg(format!("--fsize={limit}"));
+        self.serve_through(command, &self.data())
+    }
+
+    fn serve_through(&self, mut command: Command, data: &Path) -> Server {
+        let client = tls::client_identity(&self.volume);
+        let serve = self.command();
+        command
+            .arg(serve.get_program())
+            .args(serve.get_args())
+            .arg("--file")
+            .arg(data)
+            .args(["--export", EXPORT, "--client", &client]);
         Server::start(command)
     }
 
@@ -149,6 +184,25 @@ pub(crate) fn attachment(byte: u8) -> AttachmentId {
 pub(crate) fn config(secret: &BTreeMap<String, Vec<u8>>) -> Arc<ClientConfig> {
     let secret = Secret::from_map("the test", secret, Side::Client).unwrap();
     tls::client_config(&secret, Profile::Probe).unwrap()
+}
+
+/// The configuration of a client that does not look at its own Secret first.
+pub(crate) fn unchecked_config(
+    secret: &BTreeMap<String, Vec<u8>>,
+    versions: &[&'static SupportedProtocolVersion],
+) -> Arc<ClientConfig> {
+    let mut roots = RootCertStore::empty();
+    for root in CertificateDer::pem_slice_iter(&secret[tls::AUTHORITIES]) {
+        roots.add(root.unwrap()).unwrap();
+    }
+    let chain = CertificateDer::pem_slice_iter(&secret[tls::CERTIFICATE]);
+    let chain = chain.collect::<Result<_, _>>().unwrap();
+    let key = PrivateKeyDer::from_pem_slice(&secret[tls::KEY]).unwrap();
+    let config = ClientConfig::builder_with_protocol_versions(versions)
+        .with_root_certificates(roots)
+        .with_client_auth_cert(chain, key)
+        .unwrap();
+    Arc::new(config)
 }
 
 /// A server process; killed when dropped.

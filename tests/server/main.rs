@@ -7,4 +7,6 @@
 
 mod bench;
 mod lifecycle;
+mod negotiation;
+mod transmission;
 mod wire;
