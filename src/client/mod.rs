@@ -14,6 +14,7 @@ mod tests;
 mod transmission;
 mod wire;
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,16 +30,28 @@ pub use self::transmission::{OwnedChunk, Reply, Transmitting};
 use crate::nbd::ExportName;
 
 /// What every session begins with.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Target {
     pub address: SocketAddr,
     pub export: ExportName,
-    /// From [`crate::nbd::client::Kernel`]'s profile for the sessions that become devices.
+    /// Made for [`crate::tls::Profile::Kernel`] where the session becomes a device.
     pub tls: Arc<ClientConfig>,
     /// The name that the server's certificate must bear.
     pub server_name: ServerName<'static>,
     /// For connecting and negotiating; a probe session has it for all that it does.
     pub timeout: Duration,
+}
+
+/// Without the TLS configuration, which has the key.
+impl fmt::Debug for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Target")
+            .field("address", &self.address)
+            .field("export", &self.export)
+            .field("server_name", &self.server_name)
+            .field("timeout", &self.timeout)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Target {

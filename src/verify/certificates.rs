@@ -75,16 +75,14 @@ fn refused(target: Target) -> Result<String, Stop> {
     }
 }
 
-/// Whether the server turned a client away, as opposed to us turning away the server.
+/// Whether the server turned a client away, as opposed to us turning away the server. Closing counts only once the
+/// certificate was sent: before that, it may have been for any reason.
 fn is_refusal(error: &ClientError) -> bool {
-    matches!(error.step, Step::Handshake | Step::Option(_))
-        && matches!(
-            *error.reason,
-            Reason::Tls(rustls::Error::AlertReceived(_))
-                | Reason::Closed
-                | Reason::ClosedAfterHandshake
-                | Reason::Io(_)
-        )
+    match *error.reason {
+        Reason::Tls(rustls::Error::AlertReceived(_)) => true,
+        Reason::ClosedAfterHandshake => matches!(error.step, Step::Option(_)),
+        _ => false,
+    }
 }
 
 /// The same configuration with a certificate that names the same client, from an authority made on the spot.

@@ -7,6 +7,9 @@ use serde::Serialize;
 use crate::client::{ClientError, ProbeSession, Reply, Target, Transmitting};
 use crate::nbd::{Errno, ExportInfo, ExportName};
 
+/// Bytes of an outcome's text.
+const TEXT: usize = 400;
+
 /// One question put to a server.
 #[derive(Debug, Serialize)]
 pub struct Check {
@@ -74,17 +77,30 @@ pub(super) struct Subject<'a> {
 impl Check {
     pub(super) fn run(&self, subject: &Subject<'_>) -> Outcome {
         match (self.question)(subject) {
-            Ok(seen) => Outcome::Passed { seen },
-            Err(Stop::Finding(evidence)) => Outcome::Finding { evidence },
-            Err(Stop::Inapplicable(reason)) => Outcome::Inapplicable { reason },
+            Ok(seen) => Outcome::Passed { seen: brief(seen) },
+            Err(Stop::Finding(evidence)) => Outcome::Finding {
+                evidence: brief(evidence),
+            },
+            Err(Stop::Inapplicable(reason)) => Outcome::Inapplicable {
+                reason: brief(reason),
+            },
             Err(Stop::Client(error)) if error.is_violation() => Outcome::Finding {
-                evidence: error.to_string(),
+                evidence: brief(error.to_string()),
             },
             Err(Stop::Client(error)) => Outcome::NotRun {
-                reason: error.to_string(),
+                reason: brief(error.to_string()),
             },
         }
     }
+}
+
+/// What a server said can be long; reports end in events and error messages.
+fn brief(mut text: String) -> String {
+    if text.len() > TEXT {
+        text.truncate(text.floor_char_boundary(TEXT));
+        text.push('…');
+    }
+    text
 }
 
 impl From<ClientError> for Stop {

@@ -37,11 +37,10 @@ pub(crate) enum Hostility {
     SilentInside,
     DripsInside,
     EndlessInformation,
-    EndlessNames,
+    EndlessListing,
     EndlessContexts,
     HugeOptionReply,
     EndlessKeyUpdates,
-    EndlessTickets,
     EndlessChunks,
     HugeChunk,
     TooManyExtents,
@@ -68,11 +67,10 @@ pub(crate) const ALL: &[Hostility] = &[
     SilentInside,
     DripsInside,
     EndlessInformation,
-    EndlessNames,
+    EndlessListing,
     EndlessContexts,
     HugeOptionReply,
     EndlessKeyUpdates,
-    EndlessTickets,
     EndlessChunks,
     HugeChunk,
     TooManyExtents,
@@ -83,12 +81,6 @@ pub(crate) const ALL: &[Hostility] = &[
 
 pub(crate) fn start(hostility: Hostility) -> Target {
     let (config, mut target) = volume(Clients::Genuine);
-    let mut config = (*config).clone();
-    if hostility == EndlessTickets {
-        // As many as fit into the time.
-        config.send_tls13_tickets = 50_000;
-    }
-    let config = Arc::new(config);
     let listener = TcpListener::bind(target.address).unwrap();
     target.address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
@@ -207,7 +199,7 @@ fn inside(mut secured: Secured, hostility: Hostility) -> io::Result<()> {
                 let words = Information::Description("x".repeat(4096)).encode();
                 return endless(stream, &reply(code, ReplyCode::INFO, &words));
             }
-            (EndlessNames | EndlessContexts, OptionCode::LIST_META_CONTEXT)
+            (EndlessListing, OptionCode::LIST_META_CONTEXT)
             | (EndlessContexts, OptionCode::SET_META_CONTEXT) => {
                 let name = format!("x:{}", "y".repeat(4000));
                 let context = MetaContextReply { id: 1, name }.encode();

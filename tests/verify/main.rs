@@ -174,6 +174,11 @@ fn hostile_servers_end_with_a_finding_in_bounded_time_and_memory() {
             "{hostility:?}: {report}"
         );
         assert_ne!(report.findings().count(), 0, "{hostility:?}: {report}");
+        for examined in &report.results {
+            let text = examined.text();
+            assert!(text.len() < 500, "{hostility:?}: {text}");
+            assert!(!text.contains(char::is_control), "{hostility:?}: {text:?}");
+        }
         assert!(Policy::Strict.decide(&report).is_err());
     }
     let status = std::fs::read_to_string("/proc/self/status").unwrap();

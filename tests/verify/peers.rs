@@ -115,7 +115,7 @@ impl Peer {
         // They log each refusal that the battery provokes.
         command.stdin(Stdio::null()).stderr(Stdio::null());
         let mut peer = Self(command.spawn().unwrap());
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while TcpStream::connect(address).is_err() {
             assert!(Instant::now() < deadline, "{command:?} does not listen");
             assert_eq!(peer.0.try_wait().unwrap(), None, "{command:?} ended");
