@@ -30,6 +30,7 @@ enum LogFormat {
 enum Role {
     Serve(hawser::server::Args),
     Standalone(hawser::standalone::Args),
+    Demo(hawser::demo::Args),
 }
 
 /// Exit status of a command line that makes no sense, as in sysexits.h.
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
     let result: anyhow::Result<ExitCode> = match cli.role {
         Role::Serve(args) => hawser::server::run(args),
         Role::Standalone(args) => hawser::standalone::run(args),
+        Role::Demo(args) => hawser::demo::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("hawser: {error:#}");
