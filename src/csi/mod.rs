@@ -20,8 +20,7 @@ use std::sync::Arc;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
 
-pub use self::node::{Attach, Device, Devices};
-pub use self::parameters::{Parameters, Verify};
+pub use self::node::Devices;
 use crate::proto::csi::controller_server::ControllerServer;
 use crate::proto::csi::identity_server::IdentityServer;
 use crate::proto::csi::node_server::NodeServer;

@@ -2,7 +2,7 @@
 //!
 //! | parameter | values | default |
 //! |---|---|---|
-//! | `connections` | 1 to 16: connections of one attachment | 2 |
+//! | `connections` | 1 to 16: connections of one attachment | 4 |
 //! | `verify` | `strict`: no attachment to a server that fails verification; `warn`; `off` | `strict` |
 //! | `ioTimeout` | 2 to 300 seconds until a request on a dead connection is sent again | 10 |
 //! | `reconnectTimeout` | 10 to 86400 seconds that I/O waits for a server before it fails | 600 |
@@ -17,6 +17,7 @@ use std::time::Duration;
 use tonic::Status;
 
 use super::status::invalid;
+use crate::attach::Options;
 use crate::filesystem::Kind;
 
 const CONNECTIONS: &str = "connections";
@@ -39,42 +40,12 @@ const CONNECTIONS_RANGE: RangeInclusive<u64> = 1..=16;
 const IO_TIMEOUT_RANGE: RangeInclusive<u64> = 2..=300;
 const RECONNECT_TIMEOUT_RANGE: RangeInclusive<u64> = 10..=86_400;
 
-/// What happens when a server fails the verification at attach.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Verify {
-    /// The volume is not attached.
-    #[default]
-    Strict,
-    /// It is attached, and the log says what was found.
-    Warn,
-    /// Nothing is verified.
-    Off,
-}
-
 /// How a volume is attached and formatted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Parameters {
-    pub connections: u8,
-    pub verify: Verify,
-    /// How long the kernel waits for a reply on a connection before it sends the request on another one. It is the
-    /// pause of requests in flight when a server restarts.
-    pub io_timeout: Duration,
-    /// How long I/O waits while there is no connection at all before it fails.
-    pub reconnect_timeout: Duration,
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Parameters {
+    pub(super) options: Options,
     /// The file system of a volume whose capability leaves it open.
-    pub kind: Option<Kind>,
-}
-
-impl Default for Parameters {
-    fn default() -> Self {
-        Self {
-            connections: 2,
-            verify: Verify::default(),
-            io_timeout: Duration::from_secs(10),
-            reconnect_timeout: Duration::from_secs(600),
-            kind: None,
-        }
-    }
+    pub(super) kind: Option<Kind>,
 }
 
 impl Parameters {
@@ -135,19 +106,15 @@ impl Parameters {
         match key {
             CONNECTIONS => {
                 let number = number(key, value, CONNECTIONS_RANGE)?;
-                self.connections = u8::try_from(number).map_err(|error| error.to_string())?;
+                self.options.connections =
+                    u8::try_from(number).map_err(|error| error.to_string())?;
             }
-            IO_TIMEOUT => self.io_timeout = seconds(key, value, IO_TIMEOUT_RANGE)?,
+            IO_TIMEOUT => self.options.timeout = seconds(key, value, IO_TIMEOUT_RANGE)?,
             RECONNECT_TIMEOUT => {
-                self.reconnect_timeout = seconds(key, value, RECONNECT_TIMEOUT_RANGE)?;
+                self.options.dead_timeout = seconds(key, value, RECONNECT_TIMEOUT_RANGE)?;
             }
             VERIFY => {
-                self.verify = match value {
-                    "strict" => Verify::Strict,
-                    "warn" => Verify::Warn,
-                    "off" => Verify::Off,
-                    other => return Err(format!("{key} {other:?} is none of strict, warn, off")),
-                }
+                self.options.policy = value.parse().map_err(|error| format!("{key}: {error}"))?;
             }
             FS_TYPE => {
                 self.kind = match value {
@@ -185,6 +152,7 @@ fn seconds(key: &str, value: &str, range: RangeInclusive<u64>) -> Result<Duratio
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::verify::Policy;
 
     fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
         pairs
@@ -196,7 +164,7 @@ mod tests {
     #[test]
     fn a_class_may_ask_for_what_the_table_says() {
         let asked = map(&[
-            ("connections", "4"),
+            ("connections", "2"),
             ("verify", "warn"),
             ("ioTimeout", "5"),
             ("reconnectTimeout", "86400"),
@@ -207,10 +175,12 @@ mod tests {
         assert_eq!(
             parsed,
             Parameters {
-                connections: 4,
-                verify: Verify::Warn,
-                io_timeout: Duration::from_secs(5),
-                reconnect_timeout: Duration::from_secs(86_400),
+                options: Options {
+                    connections: 2,
+                    timeout: Duration::from_secs(5),
+                    dead_timeout: Duration::from_secs(86_400),
+                    policy: Policy::Warn,
+                },
                 kind: Some(Kind::Btrfs),
             }
         );

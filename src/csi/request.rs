@@ -76,6 +76,11 @@ pub(super) fn path(field: &str, text: &str) -> Result<PathBuf, Status> {
     Ok(clean)
 }
 
+/// A required path of which any text will do: one where no volume is means that nothing is found.
+pub(super) fn required_path<'a>(field: &str, text: &'a str) -> Result<&'a str, Status> {
+    within(field, text, PATH_LIMIT)
+}
+
 /// A map of strings within its limit.
 pub(super) fn map(field: &str, map: &HashMap<String, String>) -> Result<(), Status> {
     map_within(field, map, MAP_LIMIT)

@@ -7,6 +7,9 @@ use std::error::Error;
 
 use tonic::{Code, Status};
 
+use super::node::RecordError;
+use crate::attach::{AttachError, ErrorKind};
+use crate::filesystem::FilesystemError;
 use crate::tls::CertificateError;
 use crate::volumes::{InvalidName, VolumesError};
 
@@ -81,6 +84,42 @@ impl From<CertificateError> for Status {
     /// The specification has UNAUTHENTICATED for secrets that do not let the call do its work.
     fn from(error: CertificateError) -> Self {
         status(Code::Unauthenticated, chain(&error))
+    }
+}
+
+impl From<AttachError> for Status {
+    fn from(error: AttachError) -> Self {
+        let code = match (&error, error.kind()) {
+            (AttachError::Certificate { .. }, _) => Code::Unauthenticated,
+            (_, ErrorKind::Unavailable) => Code::Unavailable,
+            (_, ErrorKind::Precondition) => Code::FailedPrecondition,
+            (_, ErrorKind::NotFound) => Code::NotFound,
+            (_, ErrorKind::Internal) => Code::Internal,
+        };
+        status(code, chain(&error))
+    }
+}
+
+impl From<FilesystemError> for Status {
+    fn from(error: FilesystemError) -> Self {
+        let code = match &error {
+            FilesystemError::ToolMissing { .. } | FilesystemError::Busy { .. } => {
+                Code::FailedPrecondition
+            }
+            FilesystemError::Timeout { .. } => Code::DeadlineExceeded,
+            FilesystemError::Unreadable { .. } | FilesystemError::NoDevice { .. } => {
+                Code::Unavailable
+            }
+            FilesystemError::Damaged { .. } => Code::DataLoss,
+            FilesystemError::Tool { .. } | FilesystemError::Io { .. } => Code::Internal,
+        };
+        status(code, chain(&error))
+    }
+}
+
+impl From<RecordError> for Status {
+    fn from(error: RecordError) -> Self {
+        status(Code::Internal, chain(&error))
     }
 }
 

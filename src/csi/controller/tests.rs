@@ -489,7 +489,7 @@ async fn capacity_is_told_for_what_can_be_made() {
         }))
     };
     let any = ask(vec![]).await.unwrap().into_inner();
-    assert_eq!(any.available_capacity, ROOM as i64);
+    assert_eq!(any.available_capacity, i64::try_from(ROOM).unwrap());
     let xfs = ask(vec![mounted("xfs")]).await.unwrap().into_inner();
     assert_eq!(xfs.minimum_volume_size, Some(300 << 20));
     let impossible = ask(vec![block(Mode::MultiNodeMultiWriter)]).await.unwrap();

@@ -1,37 +1,15 @@
-//! The kernel's devices, as far as the Node service needs to know them.
-
-use std::path::PathBuf;
+//! The kernel's devices, as far as the Node service needs them: a seam, so that its tests need no kernel.
 
 use tonic::Status;
 
-use crate::csi::Parameters;
-use crate::tls;
-use crate::volumes::{AttachmentId, VolumeId};
-
-/// A volume to attach.
-pub struct Attach {
-    pub volume: VolumeId,
-    pub attachment: AttachmentId,
-    /// The client's certificate, key and authorities.
-    pub secret: tls::Secret,
-    pub read_only: bool,
-    pub parameters: Parameters,
-}
-
-/// A volume's block device on this machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Device {
-    /// `/dev/nbd7`, say.
-    pub path: PathBuf,
-    pub size_bytes: u64,
-    pub read_only: bool,
-}
+use crate::attach::{Attacher, Device, Request};
+use crate::volumes::VolumeId;
 
 /// The block devices of this machine's volumes. Every call may be repeated.
 #[tonic::async_trait]
 pub trait Devices: Send + Sync + 'static {
     /// Attaches and verifies a volume, or finds it attached with the same attachment.
-    async fn attach(&self, attach: Attach) -> Result<Device, Status>;
+    async fn attach(&self, request: Request) -> Result<Device, Status>;
 
     /// The device of a volume, as the kernel has it now.
     async fn find(&self, volume: &VolumeId) -> Result<Option<Device>, Status>;
@@ -41,4 +19,23 @@ pub trait Devices: Send + Sync + 'static {
 
     /// Tells the kernel that a volume has grown to `size_bytes`, and returns the device's size.
     async fn grow(&self, volume: &VolumeId, size_bytes: u64) -> Result<u64, Status>;
+}
+
+#[tonic::async_trait]
+impl Devices for Attacher {
+    async fn attach(&self, request: Request) -> Result<Device, Status> {
+        Ok(Self::attach(self, request).await?)
+    }
+
+    async fn find(&self, volume: &VolumeId) -> Result<Option<Device>, Status> {
+        Ok(Self::find(self, volume).await?)
+    }
+
+    async fn detach(&self, volume: &VolumeId) -> Result<(), Status> {
+        Ok(Self::detach(self, volume).await?)
+    }
+
+    async fn grow(&self, volume: &VolumeId, size_bytes: u64) -> Result<u64, Status> {
+        Ok(Self::grow(self, volume, size_bytes).await?)
+    }
 }
