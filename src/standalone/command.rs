@@ -13,9 +13,11 @@ use rustix::fs::Mode;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 
-use crate::csi;
+use crate::attach::{self, Attacher};
+use crate::csi::{self, NodeServices};
 use crate::proto::socket;
 use crate::storage::Overcommit;
+use crate::volumes::NodeVolumes;
 
 use super::{Installation, Settings};
 
@@ -44,6 +46,9 @@ pub struct Args {
     /// What this machine is called as a node.
     #[arg(long, value_name = "NAME", value_parser = node_name)]
     node_id: String,
+    /// Serve the Controller service only: this machine attaches no volumes.
+    #[arg(long)]
+    no_node: bool,
     /// Further nodes to which volumes can be attached. May be repeated.
     #[arg(long, value_name = "NAME", value_parser = node_name)]
     other_node: Vec<String>,
@@ -111,9 +116,14 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     };
     let Endpoint(path) = &args.endpoint;
     let listener = socket::bind(path).with_context(|| format!("listen on {}", path.display()))?;
+    let node = if args.no_node {
+        None
+    } else {
+        Some(node(&args, &installation).await?)
+    };
     let router = csi::router(csi::Services {
         controller: Some(Arc::new(installation.clone())),
-        node: None,
+        node,
     });
     println!("serving CSI on unix://{}", path.display());
     let (told, answered) = tokio::sync::oneshot::channel();
@@ -129,6 +139,36 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     renewal.abort();
     installation.close(args.stop_servers).await;
     std::fs::remove_file(path).with_context(|| format!("remove {}", path.display()))
+}
+
+/// The node part: first of all it looks after the devices that an earlier process left.
+async fn node(args: &Args, installation: &Installation) -> anyhow::Result<NodeServices> {
+    let volumes: Arc<dyn NodeVolumes> = Arc::new(installation.clone());
+    let state = std::path::absolute(args.state.join("node")).context("find the state directory")?;
+    let config = attach::Config {
+        state: state.join("devices"),
+        proxy_allowed: true,
+    };
+    let attacher = Attacher::new(config, Arc::clone(&volumes))?;
+    match attacher.recover().await {
+        Ok(devices) => {
+            for device in devices {
+                tracing::info!(?device, "a device of an earlier process");
+            }
+        }
+        // The volumes' servers and the Controller service do not need the kernel.
+        Err(error) => tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "the devices of earlier processes cannot be looked after"
+        ),
+    }
+    Ok(NodeServices {
+        node_id: args.node_id.clone(),
+        maximum_volumes: args.max_volumes_per_node,
+        volumes,
+        devices: Arc::new(attacher),
+        state: state.join("volumes"),
+    })
 }
 
 fn settings(args: &Args) -> anyhow::Result<Settings> {
