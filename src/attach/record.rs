@@ -126,7 +126,7 @@ impl Records {
     /// Writes the record; it is durable when this returns.
     pub(super) fn save(&self, record: &Record) -> io::Result<()> {
         let bytes = serde_json::to_vec_pretty(record)?;
-        replace(&self.directory, &file_name(&record.volume), &bytes)
+        replace(&self.directory.join(file_name(&record.volume)), &bytes)
     }
 
     /// Removes the record, if there is one.

@@ -5,10 +5,13 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Puts `bytes` in place of the file `name` in `directory`, in one step and durably. The file has mode 0600.
-pub fn replace(directory: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
-    let fresh = directory.join(format!(".{name}.new"));
-    let written = write(&fresh, bytes).and_then(|()| fs::rename(&fresh, directory.join(name)));
+/// Puts `bytes` in place of the file at `path`, in one step and durably. The file has mode 0600.
+pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidFilename.into());
+    };
+    let fresh = directory.join(format!(".{}.new", name.display()));
+    let written = write(&fresh, bytes).and_then(|()| fs::rename(&fresh, path));
     if let Err(error) = written {
         // What is half written takes room on a disk that may be full.
         let _ = fs::remove_file(&fresh);

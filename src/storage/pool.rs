@@ -384,7 +384,7 @@ fn make_identity(directory: &Path) -> Result<String, StorageError> {
             id: id.trim().to_owned(),
         };
         let json = serde_json::to_vec(&identity).map_err(io::Error::other)?;
-        durable::replace(directory, IDENTITY, &json)?;
+        durable::replace(&directory.join(IDENTITY), &json)?;
         Ok(identity.id)
     };
     identity().map_err(failed)

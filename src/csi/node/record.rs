@@ -130,7 +130,7 @@ impl Records {
         let write = || {
             fs::create_dir_all(&self.directory)?;
             let text = serde_json::to_vec_pretty(staged)?;
-            storage::replace(&self.directory, &Self::name(volume), &text)
+            storage::replace(&self.directory.join(Self::name(volume)), &text)
         };
         write().map_err(self.failed(volume, "write"))
     }
