@@ -310,3 +310,20 @@ fn prepare(socket: &TcpStream) -> io::Result<()> {
     sockopt::set_tcp_user_timeout(fd, USER_TIMEOUT_MS)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn c61_sockets_send_at_once_and_notice_dead_peers() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (socket, _) = listener.accept().unwrap();
+        prepare(&socket).unwrap();
+        assert!(socket.nodelay().unwrap());
+        assert!(sockopt::socket_keepalive(&socket).unwrap());
+        assert_eq!(sockopt::tcp_keepidle(&socket).unwrap(), KEEPALIVE_IDLE);
+        assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), USER_TIMEOUT_MS);
+    }
+}

@@ -31,8 +31,8 @@ const RELOAD: Duration = Duration::from_secs(2);
 /// How long sessions have to finish what they began; Kubernetes kills a pod after 30 s.
 const DRAIN: Duration = Duration::from_secs(20);
 
-/// How long those who wait on the control socket have to take their answers.
-const LAST_ANSWERS: Duration = Duration::from_secs(2);
+/// How long those who wait on the control socket have to take their answers: they are on this machine.
+const LAST_ANSWERS: Duration = Duration::from_millis(500);
 
 /// Serve one volume, or one file, over NBD inside mutual TLS.
 #[derive(Debug, clap::Args)]

@@ -5,6 +5,7 @@
     reason = "a helper of a test that fails fails the test"
 )]
 
+mod abuse;
 mod bench;
 mod lifecycle;
 mod negotiation;

@@ -115,7 +115,7 @@ fn c50_payloads_of_32_mib_are_carried_and_larger_ones_are_not() {
     let bench = Bench::new(80 * MIB);
     let server = bench.serve_file(&[]);
     let mut wire = Tls::simple(server.address, &bench.client(), EXPORT);
-    let data: Vec<u8> = (0..32 * MIB).map(|at| (at * 7 >> 8) as u8).collect();
+    let data: Vec<u8> = (0..=255).cycle().step_by(7).take(32 << 20).collect();
     assert_eq!(wire.write(NONE, 3, &data), Errno::OK);
     assert!(wire.read(3, 32 << 20).unwrap() == data);
     let (mut structured, _) = Tls::structured(server.address, &bench.client(), EXPORT);
@@ -256,7 +256,7 @@ fn c55_c56_zeroes_trims_and_cache_do_what_they_say() {
     let server = bench.serve_file(&[]);
     let (mut wire, _) = Tls::structured(server.address, &bench.client(), EXPORT);
     let fill = |wire: &mut Tls| {
-        wire.send_write(NONE, 1, 0, &[0xff; MIB as usize]);
+        wire.send_write(NONE, 1, 0, &[0xff; 1 << 20]);
         assert_eq!(wire.structured_status(), (1, Errno::OK));
     };
     let allocated = || std::fs::metadata(bench.data()).unwrap().blocks() * 512;
@@ -303,9 +303,10 @@ fn c57_disc_ends_the_session_without_a_reply() {
     let server = bench.serve_file(&[]);
     let mut wire = Tls::simple(server.address, &bench.client(), EXPORT);
     let mut all = Vec::new();
-    for cookie in 0..64 {
-        all.extend(request(Command::WRITE, NONE, cookie, cookie * 4096, 4096));
-        all.extend([cookie as u8; 4096]);
+    for cookie in 0..64_u8 {
+        let offset = u64::from(cookie) * 4096;
+        all.extend(request(Command::WRITE, NONE, cookie.into(), offset, 4096));
+        all.extend([cookie; 4096]);
     }
     all.extend(request(Command::DISC, NONE, 99, 0, 0));
     // What comes behind DISC is not read any more.
