@@ -8,7 +8,7 @@ use super::error::AttachError;
 use super::kernel::{DeviceSocket, Driver};
 use super::netlink::Connect;
 use super::record::Record;
-use super::session::{Export, Session, open_all, target};
+use super::session::{Export, Session, offered, open_all, target};
 use super::{Device, Inner, Options, Request, Transport, blocking, modules};
 use crate::client::Target;
 use crate::nbd::TransmissionFlags;
@@ -44,15 +44,13 @@ impl Inner {
     fn existing(&self, wanted: &Backend, read_only: bool) -> Result<Option<Device>, AttachError> {
         let volume = &wanted.volume;
         let Some((index, backend)) = self.device_of(volume)? else {
-            self.records
-                .remove(volume)
-                .map_err(AttachError::system("remove a device's record"))?;
+            self.forget(volume)?;
             return Ok(None);
         };
         let device = self.system.path(index);
         let mut driver = modules::driver()?;
         if backend != *wanted {
-            self.replace(&mut driver, index, &backend)?;
+            self.displace(&mut driver, index, &backend)?;
             return Ok(None);
         }
         if !driver.is_connected(index, &backend.to_string())? {
@@ -81,7 +79,7 @@ impl Inner {
 
     /// Clears away another attachment's device, if all its sockets are dead: attachments are never used again, so that
     /// it cannot come back, and every request to it fails sooner or later.
-    fn replace(
+    fn displace(
         &self,
         driver: &mut Driver,
         index: u32,
@@ -100,7 +98,8 @@ impl Inner {
         if used.is_some() || !self.live_sockets(&record)?.is_empty() {
             return Err(other(self.system.path(index)));
         }
-        self.disconnect(driver, index, backend)
+        self.disconnect(driver, index, backend)?;
+        self.forget(&backend.volume)
     }
 
     async fn connect(
@@ -177,11 +176,14 @@ impl Inner {
             return Ok(None);
         }
         let target = target(backend, address, &request.secret, Profile::Probe)?;
+        // A server that is away, or lets us not in, is told in one sentence, not in one for each check.
+        offered(&backend.volume, target.clone()).await?;
         let report = blocking(move || Ok(verify::battery(&target))).await?;
         policy
             .decide(&report)
             .map_err(|source| AttachError::Verification {
                 volume: backend.volume.clone(),
+                findings: report.findings().count(),
                 source,
             })?;
         if report.findings().chain(report.not_run()).next().is_some() {
@@ -209,7 +211,7 @@ impl Inner {
         if made.is_err() {
             // The record stays if its device does; the next attach or detach finds both.
             if let Ok(None) = self.device_of(&record.volume) {
-                let _ = self.records.remove(&record.volume);
+                let _ = self.forget(&record.volume);
             }
         }
         made

@@ -7,9 +7,8 @@ use std::time::Duration;
 use super::backend::Backend;
 use super::error::AttachError;
 use super::kernel::Driver;
-use super::session::{Export, target};
+use super::session::{offered, target};
 use super::{Inner, blocking, modules, system};
-use crate::client::ProbeSession;
 use crate::tls::Profile;
 use crate::volumes::VolumeId;
 
@@ -32,10 +31,7 @@ impl Inner {
                 inner.disconnect(&mut driver, index, &backend)?;
                 tracing::info!(%volume, device = %inner.system.path(index).display(), "detached");
             }
-            inner
-                .records
-                .remove(&volume)
-                .map_err(AttachError::system("remove a device's record"))
+            inner.forget(&volume)
         })
         .await
     }
@@ -130,7 +126,9 @@ impl Inner {
         if size >= wanted {
             return Ok(size);
         }
-        let served = self.served(&backend).await?.size_bytes;
+        let (address, secret) = self.whereabouts(volume).await?;
+        let target = target(&backend, address, &secret, Profile::Probe)?;
+        let served = offered(volume, target).await?.size_bytes;
         if served < wanted {
             return Err(AttachError::Unsuitable {
                 volume: volume.clone(),
@@ -139,30 +137,6 @@ impl Inner {
         }
         let inner = self.clone();
         blocking(move || inner.resize(index, &backend, served)).await
-    }
-
-    /// What the server says of the export now.
-    async fn served(&self, backend: &Backend) -> Result<Export, AttachError> {
-        let volume = backend.volume.clone();
-        let (address, secret) = self.whereabouts(&volume).await?;
-        let target = target(backend, address, &secret, Profile::Probe)?;
-        blocking(move || {
-            let failed = |source| AttachError::Session {
-                volume: volume.clone(),
-                source,
-            };
-            let mut session = ProbeSession::connect(&target).map_err(failed)?;
-            let info = session.info(&target.export).map_err(failed)?;
-            session.abort();
-            match info {
-                Ok(info) => Export::new(&volume, &info),
-                Err(refusal) => Err(AttachError::Unsuitable {
-                    volume,
-                    problem: format!("its server does not offer it any more: {refusal}"),
-                }),
-            }
-        })
-        .await
     }
 
     fn resize(&self, index: u32, backend: &Backend, size: u64) -> Result<u64, AttachError> {

@@ -57,6 +57,8 @@ pub enum AttachError {
     #[error("volume {volume} is not attached")]
     Verification {
         volume: VolumeId,
+        /// What is wrong with the server; none where something only could not be checked.
+        findings: usize,
         #[source]
         source: Refused,
     },
@@ -129,9 +131,10 @@ impl AttachError {
                 _ => ErrorKind::Unavailable,
             },
             Self::Session { source, .. } if source.is_transient() => ErrorKind::Unavailable,
-            Self::InUse { .. } | Self::Disconnected { .. } | Self::Interrupted => {
-                ErrorKind::Unavailable
-            }
+            Self::InUse { .. }
+            | Self::Disconnected { .. }
+            | Self::Interrupted
+            | Self::Verification { findings: 0, .. } => ErrorKind::Unavailable,
             Self::NoDriver { .. }
             | Self::NoKernelTls { .. }
             | Self::Certificate { .. }

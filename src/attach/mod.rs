@@ -244,6 +244,12 @@ impl Inner {
             .map_err(AttachError::system("write a device's record"))
     }
 
+    fn forget(&self, volume: &VolumeId) -> Result<(), AttachError> {
+        self.records
+            .remove(volume)
+            .map_err(AttachError::system("remove a device's record"))
+    }
+
     /// The record of a device that is there.
     fn record_for(&self, index: u32, backend: &Backend) -> Result<Record, AttachError> {
         self.record_of(&backend.volume)?

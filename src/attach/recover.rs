@@ -116,9 +116,7 @@ impl Inner {
                 if self.record_of(volume)? != Some(record) {
                     return Ok(None);
                 }
-                self.records
-                    .remove(volume)
-                    .map_err(AttachError::system("remove a device's record"))?;
+                self.forget(volume)?;
                 Fate::Forgotten
             }
             Finding::DeviceOnly(index, _) => Fate::Unrecorded(self.system.path(index)),

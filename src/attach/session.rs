@@ -12,7 +12,7 @@ use super::kernel::DeviceSocket;
 use super::proxy::Proxies;
 use super::record::Record;
 use super::{Transport, blocking};
-use crate::client::{self, KernelSession, ProxySession, Target};
+use crate::client::{self, KernelSession, ProbeSession, ProxySession, Target};
 use crate::nbd::client::Transmission;
 use crate::nbd::{ExportInfo, ExportName, TransmissionFlags};
 use crate::sys::ktls::Encrypted;
@@ -248,6 +248,28 @@ fn notice_silence(socket: &TcpStream, timeout: Duration) -> Result<(), AttachErr
             doing: "set the socket's timeouts",
             source: errno.into(),
         })
+}
+
+/// What the server says of the export now, on a session that ends with it.
+pub(super) async fn offered(volume: &VolumeId, target: Target) -> Result<Export, AttachError> {
+    let volume = volume.clone();
+    blocking(move || {
+        let failed = |source| AttachError::Session {
+            volume: volume.clone(),
+            source,
+        };
+        let mut session = ProbeSession::connect(&target).map_err(failed)?;
+        let info = session.info(&target.export).map_err(failed)?;
+        session.abort();
+        match info {
+            Ok(info) => Export::new(&volume, &info),
+            Err(refusal) => Err(AttachError::Unsuitable {
+                volume,
+                problem: format!("its server does not offer it: {refusal}"),
+            }),
+        }
+    })
+    .await
 }
 
 /// Opens as many sessions side by side; the outcome of each.

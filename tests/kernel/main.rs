@@ -9,10 +9,14 @@
 //! cargo test --test kernel -- [--kernel VERSION] --run COMMAND [ARGUMENT...]
 //! ```
 
+mod attach;
 mod host;
 mod inside;
 #[path = "../support/kernels.rs"]
 mod kernels;
+mod load;
+mod node;
+mod relay;
 mod smoke;
 
 use std::process::ExitCode;
@@ -51,7 +55,7 @@ impl Scenario {
 }
 
 fn scenarios() -> impl Iterator<Item = &'static Scenario> {
-    [smoke::SCENARIOS].into_iter().flatten()
+    [smoke::SCENARIOS, attach::SCENARIOS].into_iter().flatten()
 }
 
 fn main() -> ExitCode {

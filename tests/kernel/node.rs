@@ -1,0 +1,281 @@
+//! A node and the volume it uses: a real server process with its certificates, and the attach path over them.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use hawser::attach::{AttachError, Attacher, Config, Options, Request};
+use hawser::proto::control::control_client::ControlClient;
+use hawser::proto::control::{AllowRequest, GrowRequest};
+use hawser::proto::socket;
+use hawser::tls::{self, Authority, Secret, Side};
+use hawser::volumes::{AttachmentId, Format, NodeVolumes, Volume, VolumeId, VolumesError};
+
+/// What everything waits for at most: far above what any of it takes in a slow machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Timeouts that a scenario can wait out.
+pub(crate) fn options(connections: u8) -> Options {
+    Options {
+        connections,
+        timeout: Duration::from_secs(3),
+        dead_timeout: Duration::from_secs(120),
+        ..Options::default()
+    }
+}
+
+/// Runs a scenario's steps.
+pub(crate) fn block_on(steps: impl Future<Output = Result<()>>) -> Result<()> {
+    let log = tracing_subscriber::fmt()
+        .with_env_filter("info")
+        .with_ansi(false)
+        .with_writer(std::io::stderr);
+    log.init();
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?
+        .block_on(steps)
+}
+
+/// Looks again and again until it is so.
+pub(crate) async fn until(what: &str, mut so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !so()? {
+        ensure!(Instant::now() < deadline, "never came true: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+/// One volume: its data, its certificates, and its server while that runs.
+pub(crate) struct Served {
+    pub(crate) volume: VolumeId,
+    directory: PathBuf,
+    authority: Authority,
+    server: Mutex<Option<Child>>,
+    /// Where clients are sent: the server itself, unless a scenario puts something between.
+    endpoint: Mutex<SocketAddr>,
+}
+
+impl Served {
+    /// A volume of that size, served.
+    pub(crate) fn new(number: u8, size_bytes: u64) -> Result<Arc<Self>> {
+        let served = Self::not_served(number, size_bytes)?;
+        served.start()?;
+        Ok(served)
+    }
+
+    pub(crate) fn not_served(number: u8, size_bytes: u64) -> Result<Arc<Self>> {
+        let volume = VolumeId::from_bytes([number; 16]);
+        // Each scenario is a process of its own.
+        let directory = format!("/run/volumes.{}/{volume}", std::process::id());
+        let directory = PathBuf::from(directory);
+        fs::create_dir_all(&directory)?;
+        File::create(directory.join("data"))?.set_len(size_bytes)?;
+        let authority = Authority::temporary()?;
+        let parts = authority.issue_server(&volume, &[])?;
+        tls::write_secret(&directory.join("certificates"), &parts)?;
+        Ok(Arc::new(Self {
+            volume,
+            directory,
+            authority,
+            server: Mutex::default(),
+            endpoint: Mutex::new(([127, 0, 0, 1], 1).into()),
+        }))
+    }
+
+    pub(crate) fn data(&self) -> PathBuf {
+        self.directory.join("data")
+    }
+
+    pub(crate) fn epoch(&self) -> PathBuf {
+        self.directory.join("epoch.json")
+    }
+
+    pub(crate) fn certificates(&self) -> PathBuf {
+        self.directory.join("certificates")
+    }
+
+    /// Starts the server, on another port each time; returns its address, where clients now are sent.
+    pub(crate) fn start(&self) -> Result<SocketAddr> {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_hawser"))
+            .args(["serve", "--listen", "127.0.0.1:0"])
+            .args(["--volume", self.volume.as_str()])
+            .arg("--directory")
+            .arg(&self.directory)
+            .arg("--certificates")
+            .arg(self.certificates())
+            .arg("--control")
+            .arg(self.directory.join("control"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut line = String::new();
+        let stdout = child.stdout.take().context("the server's output")?;
+        BufReader::new(stdout).read_line(&mut line)?;
+        let address = line.trim().strip_prefix("listening on ");
+        let address = address.with_context(|| format!("the server said {line:?}"))?;
+        let address = address.parse()?;
+        *self.server.lock().unwrap() = Some(child);
+        self.send_clients_to(address);
+        Ok(address)
+    }
+
+    /// As `kill -9` or a crash.
+    pub(crate) fn kill(&self) -> Result<()> {
+        let child = self.server.lock().unwrap().take();
+        let mut child = child.context("no server runs")?;
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
+    pub(crate) fn send_clients_to(&self, address: SocketAddr) {
+        *self.endpoint.lock().unwrap() = address;
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        *self.endpoint.lock().unwrap()
+    }
+
+    /// Allows one more attachment.
+    pub(crate) async fn allow(&self, number: u8, read_only: bool) -> Result<AttachmentId> {
+        let attachment = AttachmentId::from_bytes([number; 16]);
+        let request = AllowRequest {
+            attachment: attachment.to_string(),
+            read_only,
+        };
+        let channel = socket::connect(&self.directory.join("control")).await?;
+        ControlClient::new(channel).allow(request).await?;
+        Ok(attachment)
+    }
+
+    pub(crate) async fn grow(&self, size_bytes: u64) -> Result<()> {
+        File::options()
+            .write(true)
+            .open(self.data())?
+            .set_len(size_bytes)?;
+        let channel = socket::connect(&self.directory.join("control")).await?;
+        ControlClient::new(channel)
+            .grow(GrowRequest { size_bytes })
+            .await?;
+        Ok(())
+    }
+
+    pub(crate) fn request(
+        &self,
+        attachment: &AttachmentId,
+        read_only: bool,
+        options: Options,
+    ) -> Result<Request> {
+        let parts = self.authority.issue_client(&self.volume)?;
+        Ok(Request {
+            volume: self.volume.clone(),
+            attachment: attachment.clone(),
+            secret: Secret::from_map("the test's Secret", &parts, Side::Client)?,
+            read_only,
+            options,
+        })
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.kill();
+    }
+}
+
+#[tonic::async_trait]
+impl NodeVolumes for Served {
+    async fn find(&self, id: &VolumeId) -> Result<Volume, VolumesError> {
+        Err(VolumesError::NotFound(id.to_string()))
+    }
+
+    async fn endpoint(&self, id: &VolumeId) -> Result<SocketAddr, VolumesError> {
+        if *id != self.volume {
+            return Err(VolumesError::NotFound(id.to_string()));
+        }
+        Ok(self.address())
+    }
+
+    async fn client_secret(
+        &self,
+        id: &VolumeId,
+    ) -> Result<BTreeMap<String, Vec<u8>>, VolumesError> {
+        self.authority
+            .issue_client(id)
+            .map_err(|error| VolumesError::Invalid(error.to_string()))
+    }
+
+    async fn set_format(&self, id: &VolumeId, _: Format) -> Result<(), VolumesError> {
+        Err(VolumesError::NotFound(id.to_string()))
+    }
+}
+
+/// Where the records of this machine's devices are.
+pub(crate) const RECORDS: &str = "/run/devices";
+
+/// The node part of Hawser, as a process that has just started.
+pub(crate) async fn node(served: &Arc<Served>, proxy_allowed: bool) -> Result<Attacher> {
+    let config = Config {
+        state: RECORDS.into(),
+        proxy_allowed,
+    };
+    // The one before may still be ending.
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match Attacher::new(config.clone(), served.clone()) {
+            Err(AttachError::System { .. }) if Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            attacher => return Ok(attacher?),
+        }
+    }
+}
+
+/// Fails unless nothing is left of any device (K30).
+pub(crate) fn nothing_left() -> Result<()> {
+    for entry in fs::read_dir("/sys/block")? {
+        let device = entry?.path();
+        if !device.to_string_lossy().contains("nbd") {
+            continue;
+        }
+        let shown = |name| fs::read_to_string(device.join(name)).unwrap_or_default();
+        ensure!(
+            !device.join("pid").exists(),
+            "{} has a pid",
+            device.display()
+        );
+        ensure!(
+            !device.join("backend").exists(),
+            "{} has a backend",
+            device.display()
+        );
+        ensure!(
+            shown("size").trim() == "0",
+            "{} has a size",
+            device.display()
+        );
+        ensure!(
+            shown("inflight")
+                .split_whitespace()
+                .all(|count| count == "0"),
+            "{} has requests in flight",
+            device.display()
+        );
+    }
+    for entry in fs::read_dir(RECORDS)? {
+        let name = entry?.file_name();
+        if name != "lock" {
+            bail!("a record is left: {}", name.display());
+        }
+    }
+    Ok(())
+}
