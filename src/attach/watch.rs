@@ -25,7 +25,7 @@ const GLANCE: Duration = Duration::from_secs(5);
 
 /// Pauses between attempts to reconnect grow from the first to the last.
 const FIRST: Duration = Duration::from_millis(100);
-const LAST: Duration = Duration::from_secs(3);
+const LAST: Duration = Duration::from_secs(1);
 
 /// A socket that died a moment ago is not dead to the driver yet, which then takes no other.
 const SETTLING: Duration = Duration::from_secs(1);
@@ -138,7 +138,7 @@ impl Inner {
         if missing == 0 {
             return Ok(Look::Whole);
         }
-        tracing::info!(
+        tracing::debug!(
             volume = %backend.volume,
             "/dev/nbd{index}: {missing} of {} connections are dead", record.connections
         );

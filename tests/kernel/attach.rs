@@ -4,16 +4,19 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use hawser::attach::{AttachError, Device, ErrorKind, Fate, Transport};
 use hawser::verify::Policy;
+use hawser::volumes::AttachmentId;
 
 use crate::Scenario;
 use crate::load::Load;
-use crate::node::{Served, block_on, node, nothing_left, options, until};
+use crate::node::{NodeProcess, Served, block_on, node, nothing_left, options, until};
 use crate::relay::Relay;
+use crate::rude::Rude;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario::new("attach::one_connection", || works(1)),
@@ -35,7 +38,13 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         the_node_restarts_under_load,
     )
     .within_seconds(120),
+    Scenario::new(KILLED, the_node_is_killed).within_seconds(120),
+    Scenario::new(PROXY_KILLED, the_node_is_killed)
+        .without(&["tls"])
+        .within_seconds(120),
     Scenario::new("attach::m15_a_silent_network", a_silent_network).within_seconds(120),
+    Scenario::new("attach::k3_k4_tickets_and_new_keys", tickets_and_new_keys).within_seconds(120),
+    Scenario::new("attach::the_policy_decides", the_policy_decides),
     Scenario::new(
         "attach::another_epoch_ends_the_device",
         another_epoch_ends_the_device,
@@ -245,8 +254,8 @@ fn no_cipher_no_device() -> Result<()> {
 fn one_dead_socket_of_four() -> Result<()> {
     block_on(async {
         let served = Served::new(1, SIZE)?;
-        let relay = Relay::to(served.address())?;
-        served.send_clients_to(relay.address);
+        let relay = Relay::to(served.address()?)?;
+        served.send_clients_to(relay.address)?;
         let attachment = served.allow(1, false).await?;
         let attacher = node(&served, false).await?;
         let device = attacher
@@ -332,13 +341,59 @@ fn the_node_restarts_under_load() -> Result<()> {
     })
 }
 
+const KILLED: &str = "attach::the_node_is_killed_under_load";
+const PROXY_KILLED: &str = "attach::the_proxy_is_killed_under_load";
+
+/// kill -9 of the node part, which with kernel TLS does not carry the data, and with the proxy does.
+fn the_node_is_killed() -> Result<()> {
+    block_on(async {
+        let attachment = AttachmentId::from_bytes([1; 16]);
+        if let Some(served) = NodeProcess::volume()? {
+            let attacher = node(&served, true).await?;
+            attacher.recover().await?;
+            let request = served.request(&attachment, false, options(2))?;
+            attacher.attach(request).await?;
+            return NodeProcess::be_ready().await;
+        }
+        let served = Served::new(1, SIZE)?;
+        served.allow(1, false).await?;
+        let proxied = !fs::read_to_string("/proc/sys/net/ipv4/tcp_available_ulp")?.contains("tls");
+        let scenario = if proxied { PROXY_KILLED } else { KILLED };
+        let process = NodeProcess::start(&served, scenario)?;
+        let load = Load::start(Path::new("/dev/nbd0"))?;
+        load.go_on(100).await?;
+        process.kill()?;
+        if !proxied {
+            load.go_on(100).await?;
+        }
+        let process = NodeProcess::start(&served, scenario)?;
+        load.go_on(100).await?;
+        served.kill()?;
+        served.start()?;
+        load.go_on(100).await?;
+        process.kill()?;
+
+        // The rest is this process' work.
+        let attacher = node(&served, true).await?;
+        let recovered = attacher.recover().await?;
+        ensure!(
+            matches!(&recovered[..], [one] if matches!(one.fate, Fate::Resumed(_))),
+            "{recovered:?}"
+        );
+        load.go_on(100).await?;
+        load.finish(&served.data())?;
+        attacher.detach(&served.volume).await?;
+        nothing_left()
+    })
+}
+
 /// Connections that neither carry anything nor end: the driver's timeout gives them up.
 fn a_silent_network() -> Result<()> {
     block_on(async {
         let served = Served::new(1, SIZE)?;
-        let server = served.address();
+        let server = served.address()?;
         let relay = Relay::to(server)?;
-        served.send_clients_to(relay.address);
+        served.send_clients_to(relay.address)?;
         let attachment = served.allow(1, false).await?;
         let attacher = node(&served, false).await?;
         let device = attacher
@@ -348,9 +403,67 @@ fn a_silent_network() -> Result<()> {
         load.go_on(200).await?;
         relay.fall_silent();
         tokio::time::sleep(Duration::from_secs(1)).await;
-        served.send_clients_to(server);
+        served.send_clients_to(server)?;
         load.go_on(200).await?;
         load.finish(&served.data())?;
+        attacher.detach(&served.volume).await?;
+        nothing_left()
+    })
+}
+
+/// Tickets are over before the kernel has the socket. New keys end it, and cost a pause.
+fn tickets_and_new_keys() -> Result<()> {
+    block_on(async {
+        let served = Served::not_served(1, SIZE)?;
+        let rude = Rude::serve(&served, 150)?;
+        served.send_clients_to(rude.address)?;
+        let mut options = options(2);
+        options.policy = Policy::Off;
+        let attacher = node(&served, false).await?;
+        let attachment = AttachmentId::from_bytes([1; 16]);
+        let device = attacher
+            .attach(served.request(&attachment, false, options)?)
+            .await?;
+        let load = Load::start(&device.path)?;
+        until("new keys, several times", || {
+            load.check()?;
+            Ok(rude.rekeyed.load(Ordering::Relaxed) >= 4)
+        })
+        .await?;
+        load.go_on(100).await?;
+        load.finish(&served.data())?;
+        attacher.detach(&served.volume).await?;
+        nothing_left()
+    })
+}
+
+/// A server with findings.
+fn the_policy_decides() -> Result<()> {
+    block_on(async {
+        let served = Served::not_served(1, SIZE)?;
+        let rude = Rude::serve(&served, usize::MAX)?;
+        served.send_clients_to(rude.address)?;
+        let attacher = node(&served, false).await?;
+        let attachment = AttachmentId::from_bytes([1; 16]);
+        let strict = served.request(&attachment, false, options(1))?;
+        let error = attacher
+            .attach(strict.clone())
+            .await
+            .err()
+            .context("attached")?;
+        ensure!(
+            matches!(error, AttachError::Verification { findings: 1.., .. }),
+            "{error}"
+        );
+        ensure!(error.kind() == ErrorKind::Precondition);
+        nothing_left()?;
+
+        let mut warn = strict;
+        warn.options.policy = Policy::Warn;
+        let device = attacher.attach(warn).await?;
+        let report = device.report.as_ref().context("no report")?;
+        ensure!(report.findings().count() > 0, "{report}");
+        copy_and_compare(&device.path, &served.data())?;
         attacher.detach(&served.volume).await?;
         nothing_left()
     })
@@ -404,7 +517,7 @@ fn another_server_is_refused() -> Result<()> {
         let load = Load::start(&device.path)?;
         load.go_on(100).await?;
         served.kill()?;
-        served.send_clients_to(other.address());
+        served.send_clients_to(other.address()?)?;
         let before = load.done();
         tokio::time::sleep(Duration::from_secs(8)).await;
         // What was under way may have been answered before the end.
@@ -484,7 +597,7 @@ fn another_attachment() -> Result<()> {
             "{error}"
         );
         served.kill()?;
-        served.send_clients_to(([127, 0, 0, 1], 1).into());
+        served.send_clients_to(([127, 0, 0, 1], 1).into())?;
         let error = attacher
             .attach(request.clone())
             .await
@@ -579,7 +692,7 @@ fn no_nbd_says_so() -> Result<()> {
 fn refuses(remedy: &str) -> Result<()> {
     block_on(async {
         let served = Served::not_served(1, SIZE)?;
-        let attachment = hawser::volumes::AttachmentId::from_bytes([1; 16]);
+        let attachment = AttachmentId::from_bytes([1; 16]);
         let attacher = node(&served, false).await?;
         let mut options = options(1);
         options.policy = Policy::Off;

@@ -95,14 +95,17 @@ impl Load {
         self.done.load(Ordering::Relaxed)
     }
 
+    /// Fails as soon as anything went wrong.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.failure.lock().unwrap().take().map_or(Ok(()), Err)
+    }
+
     /// Waits until so many more requests were done.
     pub(crate) async fn go_on(&self, more: u64) -> Result<()> {
         let wanted = self.done() + more;
         crate::node::until("the load goes on", || {
-            match self.failure.lock().unwrap().take() {
-                Some(failure) => Err(failure),
-                None => Ok(self.done() >= wanted),
-            }
+            self.check()?;
+            Ok(self.done() >= wanted)
         })
         .await
     }

@@ -17,6 +17,7 @@ mod kernels;
 mod load;
 mod node;
 mod relay;
+mod rude;
 mod smoke;
 
 use std::process::ExitCode;

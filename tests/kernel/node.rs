@@ -60,8 +60,6 @@ pub(crate) struct Served {
     directory: PathBuf,
     authority: Authority,
     server: Mutex<Option<Child>>,
-    /// Where clients are sent: the server itself, unless a scenario puts something between.
-    endpoint: Mutex<SocketAddr>,
 }
 
 impl Served {
@@ -79,15 +77,23 @@ impl Served {
         let directory = PathBuf::from(directory);
         fs::create_dir_all(&directory)?;
         File::create(directory.join("data"))?.set_len(size_bytes)?;
-        let authority = Authority::temporary()?;
-        let parts = authority.issue_server(&volume, &[])?;
-        tls::write_secret(&directory.join("certificates"), &parts)?;
+        let served = Self::seen_by_another_process(volume, directory)?;
+        let parts = served.authority.issue_server(&served.volume, &[])?;
+        tls::write_secret(&served.certificates(), &parts)?;
+        served.send_clients_to(([127, 0, 0, 1], 1).into())?;
+        Ok(served)
+    }
+
+    /// The volume that another process of the scenario made and serves.
+    pub(crate) fn seen_by_another_process(
+        volume: VolumeId,
+        directory: PathBuf,
+    ) -> Result<Arc<Self>> {
         Ok(Arc::new(Self {
             volume,
+            authority: Authority::open(&directory.join("authority"))?,
             directory,
-            authority,
             server: Mutex::default(),
-            endpoint: Mutex::new(([127, 0, 0, 1], 1).into()),
         }))
     }
 
@@ -124,7 +130,7 @@ impl Served {
         let address = address.with_context(|| format!("the server said {line:?}"))?;
         let address = address.parse()?;
         *self.server.lock().unwrap() = Some(child);
-        self.send_clients_to(address);
+        self.send_clients_to(address)?;
         Ok(address)
     }
 
@@ -137,12 +143,18 @@ impl Served {
         Ok(())
     }
 
-    pub(crate) fn send_clients_to(&self, address: SocketAddr) {
-        *self.endpoint.lock().unwrap() = address;
+    /// Sends clients elsewhere than to the server itself.
+    pub(crate) fn send_clients_to(&self, address: SocketAddr) -> Result<()> {
+        Ok(hawser::storage::replace(
+            &self.directory,
+            "endpoint",
+            address.to_string().as_bytes(),
+        )?)
     }
 
-    pub(crate) fn address(&self) -> SocketAddr {
-        *self.endpoint.lock().unwrap()
+    /// Where clients are sent.
+    pub(crate) fn address(&self) -> Result<SocketAddr> {
+        Ok(fs::read_to_string(self.directory.join("endpoint"))?.parse()?)
     }
 
     /// Allows one more attachment.
@@ -202,7 +214,8 @@ impl NodeVolumes for Served {
         if *id != self.volume {
             return Err(VolumesError::NotFound(id.to_string()));
         }
-        Ok(self.address())
+        self.address()
+            .map_err(|error| VolumesError::Invalid(error.to_string()))
     }
 
     async fn client_secret(
@@ -237,6 +250,50 @@ pub(crate) async fn node(served: &Arc<Served>, proxy_allowed: bool) -> Result<At
             }
             attacher => return Ok(attacher?),
         }
+    }
+}
+
+/// The node part in a process of its own, for scenarios that kill it.
+pub(crate) struct NodeProcess(Child);
+
+/// In the environment of that process: the volume and its directory.
+const NODE_PROCESS: [&str; 2] = ["HAWSER_TEST_VOLUME", "HAWSER_TEST_DIRECTORY"];
+
+impl NodeProcess {
+    /// Starts this scenario once more, which then finds that it is the node; returns when it has the device.
+    pub(crate) fn start(served: &Served, scenario: &str) -> Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args([crate::inside::ONE, scenario])
+            .env(NODE_PROCESS[0], served.volume.as_str())
+            .env(NODE_PROCESS[1], &served.directory)
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let stdout = child.stdout.take().context("the node's output")?;
+        let mut lines = BufReader::new(stdout).lines();
+        let ready = lines.any(|line| line.is_ok_and(|line| line == "ready"));
+        ensure!(ready, "the node ended: {}", child.wait()?);
+        Ok(Self(child))
+    }
+
+    /// The volume, if this process is the node.
+    pub(crate) fn volume() -> Result<Option<Arc<Served>>> {
+        let [Some(volume), Some(directory)] = NODE_PROCESS.map(std::env::var_os) else {
+            return Ok(None);
+        };
+        let volume = volume.to_string_lossy().parse()?;
+        Served::seen_by_another_process(volume, directory.into()).map(Some)
+    }
+
+    /// Says that the device is there, and waits to be killed.
+    pub(crate) async fn be_ready() -> Result<()> {
+        println!("ready");
+        std::future::pending().await
+    }
+
+    pub(crate) fn kill(mut self) -> Result<()> {
+        self.0.kill()?;
+        self.0.wait()?;
+        Ok(())
     }
 }
 
