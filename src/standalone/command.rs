@@ -1,6 +1,7 @@
 //! `hawser standalone`: from the command line to the end of the process.
 
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,7 +11,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use rustix::fs::Mode;
+use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, sleep};
 use tokio_stream::wrappers::UnixListenerStream;
 
 use crate::attach::{self, Attacher};
@@ -23,6 +26,10 @@ use super::{Installation, Settings};
 
 /// How long CSI calls that are under way may take to be answered at the end.
 const ANSWERS: Duration = Duration::from_secs(30);
+
+/// How long the socket of an owner that was just killed may take to go, and how often it is asked for.
+const LET_GO: Duration = Duration::from_secs(1);
+const ASK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Serve volumes over CSI on one machine, without a cluster.
 ///
@@ -115,7 +122,9 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         tokio::spawn(async move { installation.renew_certificates().await })
     };
     let Endpoint(path) = &args.endpoint;
-    let listener = socket::bind(path).with_context(|| format!("listen on {}", path.display()))?;
+    let listener = listen(path)
+        .await
+        .with_context(|| format!("listen on {}", path.display()))?;
     let node = if args.no_node {
         None
     } else {
@@ -171,6 +180,19 @@ async fn node(args: &Args, installation: &Installation) -> anyhow::Result<NodeSe
     })
 }
 
+/// An owner that was just killed may seem to listen still, through a server that it was starting at that moment.
+async fn listen(path: &Path) -> std::io::Result<UnixListener> {
+    let deadline = Instant::now() + LET_GO;
+    loop {
+        match socket::bind(path) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
+                sleep(ASK_AGAIN).await;
+            }
+            bound => return bound,
+        }
+    }
+}
+
 fn settings(args: &Args) -> anyhow::Result<Settings> {
     let absolute = |path: &Path| {
         std::path::absolute(path).with_context(|| format!("make {} absolute", path.display()))
@@ -192,7 +214,7 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
 
 async fn too_long(answered: tokio::sync::oneshot::Receiver<()>) {
     match answered.await {
-        Ok(()) => tokio::time::sleep(ANSWERS).await,
+        Ok(()) => sleep(ANSWERS).await,
         Err(_) => std::future::pending().await,
     }
 }

@@ -11,7 +11,7 @@ use hawser::proto::csi::{
 };
 use tonic::{Code, Status};
 
-use crate::home::Parent;
+use crate::home::Controller;
 
 pub(crate) const MIB: i64 = 1 << 20;
 
@@ -24,7 +24,7 @@ fn block() -> VolumeCapability {
     }
 }
 
-impl Parent {
+impl Controller {
     pub(crate) async fn create(&self, name: &str, size: i64) -> Result<Volume, Status> {
         let request = CreateVolumeRequest {
             name: name.to_owned(),
@@ -35,7 +35,7 @@ impl Parent {
             volume_capabilities: vec![block()],
             ..CreateVolumeRequest::default()
         };
-        let answer = self.controller.clone().create_volume(request).await?;
+        let answer = self.0.clone().create_volume(request).await?;
         Ok(answer.into_inner().volume.unwrap())
     }
 
@@ -44,7 +44,7 @@ impl Parent {
             volume_id: id.to_owned(),
             ..DeleteVolumeRequest::default()
         };
-        self.controller.clone().delete_volume(request).await?;
+        self.0.clone().delete_volume(request).await?;
         Ok(())
     }
 
@@ -56,11 +56,7 @@ impl Parent {
             volume_capability: Some(block()),
             ..ControllerPublishVolumeRequest::default()
         };
-        let answer = self
-            .controller
-            .clone()
-            .controller_publish_volume(request)
-            .await?;
+        let answer = self.0.clone().controller_publish_volume(request).await?;
         let mut context: HashMap<_, _> = answer.into_inner().publish_context;
         Ok(context.remove("attachment").unwrap())
     }
@@ -71,10 +67,7 @@ impl Parent {
             node_id: node.to_owned(),
             ..ControllerUnpublishVolumeRequest::default()
         };
-        self.controller
-            .clone()
-            .controller_unpublish_volume(request)
-            .await?;
+        self.0.clone().controller_unpublish_volume(request).await?;
         Ok(())
     }
 
@@ -88,18 +81,14 @@ impl Parent {
             volume_capability: Some(block()),
             ..ControllerExpandVolumeRequest::default()
         };
-        let answer = self
-            .controller
-            .clone()
-            .controller_expand_volume(request)
-            .await?;
+        let answer = self.0.clone().controller_expand_volume(request).await?;
         Ok(answer.into_inner().capacity_bytes)
     }
 
     /// The ids of all volumes, each with its size and the nodes it is published on.
     pub(crate) async fn volumes(&self) -> HashMap<String, (i64, Vec<String>)> {
         let request = ListVolumesRequest::default();
-        let answer = self.controller.clone().list_volumes(request).await.unwrap();
+        let answer = self.0.clone().list_volumes(request).await.unwrap();
         let entries = answer.into_inner().entries.into_iter();
         entries
             .map(|entry| {

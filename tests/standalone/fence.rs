@@ -106,13 +106,13 @@ async fn unpublish_is_not_answered_while_a_server_might_still_write() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revocation_that_was_interrupted_is_completed_at_the_next_start() {
     let home = Home::new();
-    let parent = home.start().await;
+    let mut parent = home.start().await;
     let id = parent.create("pvc-1", MIB).await.unwrap().volume_id;
     let attachment = parent.publish(&id, NODE).await.unwrap();
     let server = home.statistics(&id).await.unwrap();
     // The parent records the revocation, and is killed before the server has heard of it.
     send(process_of(&server), Signal::STOP);
-    let controller = parent.controller.clone();
+    let controller = parent.controller.0.clone();
     let caller = hawser::proto::csi::ControllerUnpublishVolumeRequest {
         volume_id: id.clone(),
         node_id: NODE.to_owned(),

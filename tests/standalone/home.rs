@@ -1,12 +1,14 @@
 //! A machine's directories, the processes that work in them, and what is left in them.
 
 use std::fs::{self, File};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use hawser::proto::control::control_client::ControlClient;
 use hawser::proto::control::{StatisticsRequest, StatisticsResponse};
+use hawser::proto::csi::ProbeRequest;
 use hawser::proto::csi::controller_client::ControllerClient;
 use hawser::proto::csi::identity_client::IdentityClient;
 use hawser::proto::socket;
@@ -25,8 +27,12 @@ pub(crate) struct Home(TempDir);
 /// A running `hawser standalone`. Killed when it goes.
 pub(crate) struct Parent {
     child: Child,
-    pub(crate) controller: ControllerClient<Channel>,
+    pub(crate) controller: Controller,
 }
+
+/// A connection to its Controller service.
+#[derive(Clone)]
+pub(crate) struct Controller(pub(crate) ControllerClient<Channel>);
 
 impl Home {
     pub(crate) fn new() -> Self {
@@ -46,7 +52,7 @@ impl Home {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hawser"));
         command
             .arg("standalone")
-            .args(["--node-id", NODE, "--other-node", OTHER_NODE])
+            .args(["--no-node", "--node-id", NODE, "--other-node", OTHER_NODE])
             .arg("--state")
             .arg(self.path("state"))
             .arg("--secrets")
@@ -62,23 +68,33 @@ impl Home {
         self.start_with(&["--overcommit", "1000"]).await
     }
 
-    pub(crate) async fn start_with(&self, options: &[&str]) -> Parent {
+    /// The process alone, which may not be up yet.
+    pub(crate) fn spawn(&self, options: &[&str]) -> Child {
         let log = File::options()
             .create(true)
             .append(true)
             .open(self.path("log"))
             .unwrap();
-        let mut child = self
-            .command(&self.path("pool"))
+        self.command(&self.path("pool"))
             .args(options)
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .spawn()
-            .unwrap();
+            .unwrap()
+    }
+
+    pub(crate) async fn start_with(&self, options: &[&str]) -> Parent {
+        let mut child = self.spawn(options);
         let deadline = Instant::now() + PATIENCE;
+        // A parent that was just killed may seem to listen still, through a server that it was starting.
         let channel = loop {
-            if let Ok(channel) = socket::connect(&self.path("csi.sock")).await {
+            if let Ok(channel) = socket::connect(&self.path("csi.sock")).await
+                && IdentityClient::new(channel.clone())
+                    .probe(ProbeRequest {})
+                    .await
+                    .is_ok()
+            {
                 break channel;
             }
             if let Some(status) = child.try_wait().unwrap() {
@@ -87,14 +103,9 @@ impl Home {
             assert!(Instant::now() < deadline, "not up:\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(5)).await;
         };
-        let mut identity = IdentityClient::new(channel.clone());
-        identity
-            .probe(hawser::proto::csi::ProbeRequest {})
-            .await
-            .unwrap();
         Parent {
             child,
-            controller: ControllerClient::new(channel),
+            controller: Controller(ControllerClient::new(channel)),
         }
     }
 
@@ -199,7 +210,7 @@ impl Drop for Home {
 }
 
 impl Parent {
-    pub(crate) fn kill(mut self) {
+    pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
@@ -209,6 +220,14 @@ impl Parent {
         let id = i32::try_from(self.child.id()).unwrap();
         send(id, rustix::process::Signal::TERM);
         self.child.wait().unwrap()
+    }
+}
+
+impl Deref for Parent {
+    type Target = Controller;
+
+    fn deref(&self) -> &Controller {
+        &self.controller
     }
 }
 

@@ -8,5 +8,6 @@
 mod calls;
 mod fence;
 mod home;
+mod kill;
 mod servers;
 mod volumes;

@@ -10,7 +10,7 @@ use crate::home::{Home, NODE, process_of, send};
 #[tokio::test(flavor = "multi_thread")]
 async fn servers_outlive_their_parent_and_are_found_again() {
     let home = Home::new();
-    let parent = home.start().await;
+    let mut parent = home.start().await;
     let id = parent.create("pvc-1", MIB).await.unwrap().volume_id;
     let attachment = parent.publish(&id, NODE).await.unwrap();
     let before = home.statistics(&id).await.unwrap();
@@ -53,7 +53,7 @@ async fn servers_outlive_their_parent_and_are_found_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_cannot_be_reached_is_replaced() {
     let home = Home::new();
-    let parent = home.start().await;
+    let mut parent = home.start().await;
     let id = parent.create("pvc-1", MIB).await.unwrap().volume_id;
     let before = home.statistics(&id).await.unwrap();
     parent.kill();
@@ -68,7 +68,7 @@ async fn a_server_that_cannot_be_reached_is_replaced() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_belongs_to_no_volume_is_removed_at_the_next_start() {
     let home = Home::new();
-    let parent = home.start().await;
+    let mut parent = home.start().await;
     let id = parent.create("pvc-1", MIB).await.unwrap().volume_id;
     parent.kill();
     // As if killed in the middle of a deletion: after the rename that is its point of no return.
@@ -118,7 +118,7 @@ async fn a_wrong_secret_is_named_and_the_volume_comes_back_with_the_right_one() 
     for process in home.server_processes() {
         send(process, Signal::KILL);
     }
-    let parent = home.start().await;
+    let mut parent = home.start().await;
     let (_, text) = refusal(parent.create("pvc-1", MIB).await);
     for part in [id.as_str(), secret(&id).to_str().unwrap(), other.as_str()] {
         assert!(text.contains(part), "{text}\nlacks {part}");
