@@ -7,7 +7,7 @@ install = @tests/support/install
 # What `make test` runs, in this order: what fails soonest comes first.
 TIERS = check deny fuzz csi server verify peers standalone kernel
 
-.PHONY: test demo $(TIERS)
+.PHONY: test demo sanity $(TIERS)
 
 test:
 	@tests/support/tiers $(TIERS)
@@ -34,6 +34,11 @@ csi server standalone:
 verify peers kernel:
 	$(install) $@
 	cargo test --locked --test $@
+
+# A part of the kernel tier, for its volumes are on kernel devices.
+sanity:
+	$(install) kernel
+	cargo test --locked --test kernel -- sanity::
 
 demo:
 	$(install) demo

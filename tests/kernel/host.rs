@@ -199,6 +199,8 @@ fn machine(kernel: &Kernel) -> Result<Machine> {
         .memory_mib(1536)
         .share(Access::ReadOnly, Path::new(env!("CARGO_MANIFEST_DIR")))
         .share(Access::ReadOnly, built)
+        .share(Access::ReadOnly, &kernels::cache()?)
+        .environment("HAWSER_CACHE", kernels::cache()?)
         .environment("RUST_BACKTRACE", "1"))
 }
 

@@ -18,6 +18,7 @@ mod load;
 mod node;
 mod relay;
 mod rude;
+mod sanity;
 mod smoke;
 
 use std::process::ExitCode;
@@ -56,7 +57,9 @@ impl Scenario {
 }
 
 fn scenarios() -> impl Iterator<Item = &'static Scenario> {
-    [smoke::SCENARIOS, attach::SCENARIOS].into_iter().flatten()
+    [smoke::SCENARIOS, attach::SCENARIOS, sanity::SCENARIOS]
+        .into_iter()
+        .flatten()
 }
 
 fn main() -> ExitCode {

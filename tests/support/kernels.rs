@@ -24,7 +24,8 @@ pub(crate) fn all() -> Result<Vec<Kernel>> {
     Ok(kernels)
 }
 
-fn cache() -> Result<PathBuf> {
+/// Where `tests/support/install` keeps what is in no Debian package.
+pub(crate) fn cache() -> Result<PathBuf> {
     if let Some(cache) = std::env::var_os("HAWSER_CACHE") {
         return Ok(cache.into());
     }
