@@ -7,7 +7,7 @@ install = @tests/support/install
 # What `make test` runs, in this order: what fails soonest comes first.
 TIERS = check deny fuzz csi server verify peers standalone kernel
 
-.PHONY: test demo sanity $(TIERS)
+.PHONY: test demo sanity figures $(TIERS)
 
 test:
 	@tests/support/tiers $(TIERS)
@@ -39,6 +39,11 @@ verify peers kernel:
 sanity:
 	$(install) kernel
 	cargo test --locked --test kernel -- sanity::
+
+# Prints what the promises about size and start-up come to here; asserts nothing about time.
+figures:
+	$(install) build
+	cargo bench --locked --bench figures
 
 demo:
 	$(install) demo
