@@ -145,9 +145,9 @@ impl Served {
 
     /// Sends clients elsewhere than to the server itself.
     pub(crate) fn send_clients_to(&self, address: SocketAddr) -> Result<()> {
+        let path = self.directory.join("endpoint");
         Ok(hawser::storage::replace(
-            &self.directory,
-            "endpoint",
+            &path,
             address.to_string().as_bytes(),
         )?)
     }
