@@ -9,6 +9,7 @@ use super::kernel::{DeviceSocket, Driver};
 use super::netlink::Connect;
 use super::record::Record;
 use super::session::{Export, Session, offered, open_all, target};
+use super::system::detached;
 use super::{Device, Inner, Options, Request, Transport, blocking, modules};
 use crate::client::Target;
 use crate::nbd::TransmissionFlags;
@@ -281,8 +282,10 @@ impl Inner {
         self.system
             .wait_for_node(index, NODE)
             .map_err(AttachError::system("find the device's node"))?;
-        self.system.tune(index, export.maximum_payload);
-        Ok(())
+        let (system, payload) = (self.system.clone(), export.maximum_payload);
+        detached(move || system.tune(index, payload))
+            .recv_timeout(NODE)
+            .map_err(|_| wrong("its first requests are not answered".into()))
     }
 }
 

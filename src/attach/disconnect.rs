@@ -1,6 +1,7 @@
 //! Removing a device, and growing it.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +9,8 @@ use super::backend::Backend;
 use super::error::AttachError;
 use super::kernel::Driver;
 use super::session::{offered, target};
-use super::{Inner, blocking, modules, system};
+use super::system::{detached, wait};
+use super::{Inner, blocking, modules};
 use crate::tls::Profile;
 use crate::volumes::VolumeId;
 
@@ -84,7 +86,7 @@ impl Inner {
             let holders = self.system.holders(index)?;
             Ok(holders.is_empty().then_some(()))
         };
-        if system::wait(TEARDOWN, holders)
+        if wait(TEARDOWN, holders)
             .map_err(AttachError::system("list what is stacked on the device"))?
             .is_none()
         {
@@ -103,7 +105,11 @@ impl Inner {
             return;
         }
         let path = self.system.path(index);
-        if let Err(error) = File::open(&path).and_then(|device| device.sync_all()) {
+        let device = path.clone();
+        let flushed = detached(move || File::open(device).and_then(|device| device.sync_all()))
+            .recv_timeout(TEARDOWN)
+            .unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()));
+        if let Err(error) = flushed {
             tracing::warn!(volume = %backend.volume, "{}: the last flush failed: {error}", path.display());
         }
     }
@@ -140,13 +146,22 @@ impl Inner {
     }
 
     fn resize(&self, index: u32, backend: &Backend, size: u64) -> Result<u64, AttachError> {
+        let record = self.record_for(index, backend)?;
+        if self.live_sockets(&record)?.len() < usize::from(record.connections) {
+            // From 6.14 on the driver waits here for the requests under way, and lets no socket be replaced meanwhile.
+            return Err(AttachError::InUse {
+                volume: backend.volume.clone(),
+                device: self.system.path(index),
+                problem: "its connections are being replaced".into(),
+            });
+        }
         let mut driver = modules::driver()?;
         driver.resize(index, &backend.to_string(), size)?;
         let shown = || {
             let shown = self.system.size_bytes(index)?;
             Ok((shown == size).then_some(shown))
         };
-        system::wait(RESIZE, shown)
+        wait(RESIZE, shown)
             .map_err(AttachError::system("read the device's size"))?
             .ok_or_else(|| AttachError::Unsuitable {
                 volume: backend.volume.clone(),

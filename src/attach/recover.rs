@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::backend::Backend;
 use super::error::AttachError;
 use super::record::Record;
+use super::system::detached;
 use super::{Device, Inner, blocking, modules};
 use crate::volumes::{AttachmentId, VolumeId};
 
@@ -143,7 +144,9 @@ impl Inner {
         if !driver.is_connected(index, &backend.to_string())? {
             return Ok(failed("some process has it open".into()));
         }
-        self.system.tune(index, record.maximum_payload);
+        // Its sockets may be dead, and are replaced only after this.
+        let (system, payload) = (self.system.clone(), record.maximum_payload);
+        detached(move || system.tune(index, payload));
         self.describe(index, backend).map(Fate::Resumed)
     }
 }

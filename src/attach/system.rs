@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 use super::backend::Backend;
@@ -95,6 +96,9 @@ impl System {
     }
 
     /// Raises the limits that are made for local disks. A device works without: what cannot be set is only logged.
+    ///
+    /// From 6.11 on the kernel waits, before it changes a limit, until no request is under way: for as long as the
+    /// device has no living socket. So nothing is set that is as it should be.
     pub(super) fn tune(&self, index: u32, maximum_payload: Option<u32>) {
         let queue = self.block(index).join("queue");
         let limit = maximum_payload.map_or(MAX_SECTORS_KB, |bytes| {
@@ -105,13 +109,20 @@ impl System {
             .ok()
             .and_then(|text| text.trim().parse().ok())
             .unwrap_or(limit);
-        for (name, value) in [
-            ("max_sectors_kb", limit.min(hardware).to_string()),
-            ("read_ahead_kb", READ_AHEAD_KB.to_string()),
+        let limit = limit.min(hardware).to_string();
+        let read_ahead = READ_AHEAD_KB.to_string();
+        for (name, value, shown) in [
+            ("max_sectors_kb", limit.as_str(), limit.as_str()),
+            ("read_ahead_kb", &read_ahead, &read_ahead),
             // The server's disks are scheduled on the server.
-            ("scheduler", "none".to_owned()),
+            ("scheduler", "none", "[none]"),
         ] {
-            if let Err(error) = fs::write(queue.join(name), &value) {
+            let path = queue.join(name);
+            let now = fs::read_to_string(&path).unwrap_or_default();
+            if now.split_whitespace().any(|word| word == shown) {
+                continue;
+            }
+            if let Err(error) = fs::write(path, value) {
                 tracing::warn!("/dev/nbd{index}: cannot set {name} to {value}: {error}");
             }
         }
@@ -218,6 +229,18 @@ fn read_attribute(path: &Path) -> io::Result<Option<String>> {
         }
         Err(error) => Err(error),
     }
+}
+
+/// Does what may wait for the device itself, on a thread that nobody has to wait for.
+pub(super) fn detached<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Receiver<T> {
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        // Whoever asked may have stopped waiting.
+        let _ = sender.send(work());
+    });
+    receiver
 }
 
 /// Looks again and again until there is an answer, or patience ends.

@@ -8,6 +8,11 @@
 //! cargo test --test kernel -- [--kernel VERSION] [--list] [PART-OF-A-NAME...]
 //! cargo test --test kernel -- [--kernel VERSION] --run COMMAND [ARGUMENT...]
 //! ```
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a helper of a scenario that fails fails the scenario, and every machine here has 64 bits"
+)]
 
 mod attach;
 mod host;
