@@ -226,4 +226,63 @@ mod tests {
         );
         assert!(Parameters::parse_context(&map(&[("device", "/dev/sda")])).is_err());
     }
+
+    /// A row of the table in docs/parameters.md: what is allowed, and the default.
+    fn told(key: &str) -> (String, String) {
+        let document = include_str!("../../docs/parameters.md");
+        let row = document
+            .lines()
+            .find_map(|line| line.strip_prefix(&format!("| `{key}` | ")))
+            .unwrap_or_else(|| panic!("docs/parameters.md has no {key}"));
+        let mut cells = row.split(" | ").map(str::to_owned);
+        (cells.next().unwrap(), cells.next().unwrap())
+    }
+
+    #[test]
+    fn the_documentation_has_each_parameter_its_values_and_its_default() {
+        let parse = |key: &str, value: &str| Parameters::parse(&map(&[(key, value)]));
+        let default = Options::default();
+        for (key, range, default) in [
+            (CONNECTIONS, CONNECTIONS_RANGE, default.connections.into()),
+            (IO_TIMEOUT, IO_TIMEOUT_RANGE, default.timeout.as_secs()),
+            (
+                RECONNECT_TIMEOUT,
+                RECONNECT_TIMEOUT_RANGE,
+                default.dead_timeout.as_secs(),
+            ),
+        ] {
+            let values = format!("{} to {}", range.start(), range.end());
+            assert_eq!(told(key), (values, default.to_string()), "{key}");
+            for (number, is_allowed) in [
+                (range.start() - 1, false),
+                (*range.start(), true),
+                (*range.end(), true),
+                (range.end() + 1, false),
+            ] {
+                let parsed = parse(key, &number.to_string());
+                assert_eq!(parsed.is_ok(), is_allowed, "{key} {number}");
+            }
+        }
+        for (key, default) in [
+            (VERIFY, default.policy.to_string()),
+            (FS_TYPE, Kind::default().to_string()),
+        ] {
+            let (values, told_default) = told(key);
+            assert_eq!(told_default, format!("`{default}`"), "{key}");
+            for value in values.split(", ").map(|value| value.trim_matches('`')) {
+                assert!(parse(key, value).is_ok(), "{key} {value}");
+            }
+        }
+        for kind in Kind::ALL {
+            assert!(told(FS_TYPE).0.contains(&format!("`{kind}`")), "{kind}");
+            let size = format!("| `{kind}` | {} MiB |", kind.minimum_size() >> 20);
+            assert!(
+                include_str!("../../docs/parameters.md").contains(&size),
+                "{size}"
+            );
+        }
+        for policy in [Policy::Strict, Policy::Warn, Policy::Off] {
+            assert!(told(VERIFY).0.contains(&format!("`{policy}`")), "{policy}");
+        }
+    }
 }

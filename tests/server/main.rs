@@ -7,6 +7,7 @@
 
 mod abuse;
 mod bench;
+mod documents;
 mod lifecycle;
 mod negotiation;
 mod transmission;
