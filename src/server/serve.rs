@@ -90,6 +90,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let listener =
         TcpListener::bind(args.listen).with_context(|| format!("listen on {}", args.listen))?;
     let address = listener.local_addr().context("find the address")?;
+    tls::warm_up();
     // Last, for it opens an epoch: a server that cannot be reached must not leave one behind.
     let subject = args.subject()?;
     let pool = (args.request_memory as usize) << 20;

@@ -116,6 +116,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 async fn serve(args: Args) -> anyhow::Result<()> {
     let stop = Stop::listen().context("listen to signals")?;
+    tls::warm_up();
     let installation = Installation::open(settings(&args)?)?;
     let renewal = {
         let installation = installation.clone();
