@@ -461,7 +461,9 @@ impl Controller for ControllerService {
                 if let Some(capability) = capability {
                     capability.fits(&volumes.find(&id).await?)?;
                 }
-                let bytes = volumes.grow(&id, size.required, size.limit).await?;
+                // Where only a limit is set, any size is enough.
+                let required = size.required.max(1);
+                let bytes = volumes.grow(&id, required, size.limit).await?;
                 tracing::info!(bytes, "volume has grown");
                 Ok(csi::ControllerExpandVolumeResponse {
                     capacity_bytes: i64::try_from(bytes).unwrap_or(i64::MAX),

@@ -20,6 +20,7 @@ use crate::attach::{self, Attacher};
 use crate::csi::{self, NodeServices};
 use crate::proto::socket;
 use crate::storage::Overcommit;
+use crate::tls;
 use crate::volumes::NodeVolumes;
 
 use super::{Installation, Settings};

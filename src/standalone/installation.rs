@@ -187,6 +187,7 @@ impl Inner {
                 }
             }
         }
+        self.restore_directory(id).await?;
         self.finish_revoking(id).await?;
         let server = locked(&self.servers).remove(id);
         let stopped = match server {
@@ -277,6 +278,7 @@ impl Inner {
 
     async fn detach(&self, id: &VolumeId, node: Option<String>) -> Result<(), VolumesError> {
         let _turn = self.turn(id).await?;
+        self.restore_directory(id).await?;
         let revoke = move |record: &mut Record| {
             let attachments = &mut record.volume.attachments;
             let leaves = |one: &mut Attachment| node.as_ref().is_none_or(|node| one.node == *node);
@@ -289,6 +291,12 @@ impl Inner {
             Err(error) => Err(error),
             Ok(_) => self.finish_revoking(id).await,
         }
+    }
+
+    async fn restore_directory(&self, id: &VolumeId) -> Result<(), VolumesError> {
+        let id = id.clone();
+        self.blocking(move |ground| Ok(ground.pool.restore_directory(&id)?))
+            .await
     }
 
     /// Revokes what is recorded as revoked, and forgets it when no write of it can land any more.

@@ -267,6 +267,31 @@ impl Pool {
         }
     }
 
+    /// Makes the directory of a volume again, empty, where somebody deleted it: so the volume, which is lost and never
+    /// served, can still be detached and deleted. Refused where the whole pool is not there, for it may come back.
+    pub fn restore_directory(&self, id: &VolumeId) -> Result<(), StorageError> {
+        let directory = self.directory(id);
+        if !self.holds(id)
+            || fs::exists(&directory).map_err(StorageError::io("find", &directory))?
+        {
+            return Ok(());
+        }
+        let pool = self.volumes.parent().unwrap_or(&self.volumes);
+        if Self::identity_of(pool)?.as_ref() != Some(&self.identity) {
+            return Err(StorageError::DamagedPool {
+                path: pool.to_owned(),
+                problem: format!("{IDENTITY} is missing or another; is the pool mounted?"),
+            });
+        }
+        tracing::error!(volume = %id, "somebody deleted its directory: its data is lost");
+        match DirBuilder::new().mode(0o700).create(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(StorageError::io("create", &directory)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Refuses a volume whose data is not as its record says: served, it would answer with what was never written.
     pub fn check(&self, id: &VolumeId) -> Result<(), StorageError> {
         let size = self.find(id)?.volume.size_bytes;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use hawser::proto::csi::volume_capability::access_mode::Mode;
-use hawser::proto::csi::volume_capability::{AccessMode, AccessType, BlockVolume};
+use hawser::proto::csi::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
 use hawser::proto::csi::{
     CapacityRange, ControllerExpandVolumeRequest, ControllerPublishVolumeRequest,
     ControllerUnpublishVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, ListVolumesRequest,
@@ -15,13 +15,24 @@ use crate::home::Controller;
 
 pub(crate) const MIB: i64 = 1 << 20;
 
-fn block() -> VolumeCapability {
+fn capability(access_type: AccessType) -> VolumeCapability {
     VolumeCapability {
         access_mode: Some(AccessMode {
             mode: Mode::SingleNodeWriter.into(),
         }),
-        access_type: Some(AccessType::Block(BlockVolume {})),
+        access_type: Some(access_type),
     }
+}
+
+pub(crate) fn block() -> VolumeCapability {
+    capability(AccessType::Block(BlockVolume {}))
+}
+
+pub(crate) fn mount(fs_type: &str) -> VolumeCapability {
+    capability(AccessType::Mount(MountVolume {
+        fs_type: fs_type.to_owned(),
+        ..MountVolume::default()
+    }))
 }
 
 impl Controller {

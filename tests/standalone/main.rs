@@ -5,6 +5,7 @@
     reason = "a helper of a test that fails fails the test"
 )]
 
+mod bad_input;
 mod calls;
 mod fence;
 mod home;
