@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use super::durable;
 use super::exports::{Exports, Order};
 use crate::nbd::ExportName;
-use crate::storage;
 use crate::volumes::{AttachmentId, VolumeId};
 
 /// Attachments of one volume: far more than nodes that could read it at one time.
@@ -151,7 +151,7 @@ impl Attachments {
 
     fn write(&self, record: &Record) -> Result<(), AttachmentsError> {
         let bytes = serde_json::to_vec_pretty(record).unwrap_or_default();
-        storage::replace(&self.path, &bytes).map_err(|source| AttachmentsError::Io {
+        durable::replace(&self.path, &bytes).map_err(|source| AttachmentsError::Io {
             path: self.path.clone(),
             doing: "write the attachments",
             source,
@@ -199,8 +199,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (attachments, exports) = load(directory.path());
         attachments.allow(&id(1), false).unwrap();
-        // Where the temporary file should go there is a directory now.
-        let obstacle = directory.path().join(".attachments.json.new");
+        // Where the new contents should go there is a directory now.
+        let obstacle = directory.path().join("attachments.json.spare");
+        std::fs::remove_file(&obstacle).unwrap();
         std::fs::create_dir(&obstacle).unwrap();
         let error = attachments.revoke(&id(1)).unwrap_err();
         assert!(

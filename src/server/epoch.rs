@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::storage;
+use super::durable;
 
 /// Where the kernel says which boot this is.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -114,7 +114,7 @@ impl Epoch {
 
     fn write(&self) -> Result<(), EpochError> {
         let bytes = serde_json::to_vec(&self.record).unwrap_or_default();
-        storage::replace(&self.path, &bytes).map_err(|source| EpochError::Io {
+        durable::replace(&self.path, &bytes).map_err(|source| EpochError::Io {
             path: self.path.clone(),
             doing: "write the epoch",
             source,

@@ -10,6 +10,7 @@ mod channel;
 mod command;
 mod commit;
 mod control;
+mod durable;
 mod epoch;
 mod exports;
 mod negotiation;

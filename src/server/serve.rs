@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::fs::Mode;
+use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::{error, info, warn};
 
-use super::control::{self, ControlService, Drain};
+use super::control::{ControlService, Drain};
 use super::exports::Order;
 use super::reception::Reception;
 use super::service::Service;
@@ -91,7 +92,6 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         TcpListener::bind(args.listen).with_context(|| format!("listen on {}", args.listen))?;
     let address = listener.local_addr().context("find the address")?;
     tls::warm_up();
-    // Last, for it opens an epoch: a server that cannot be reached must not leave one behind.
     let subject = args.subject()?;
     let pool = (args.request_memory as usize) << 20;
     let service = Arc::new(subject.service(tls, pool));
@@ -176,7 +176,7 @@ async fn attend(
         let _ = tokio::time::timeout(LAST_ANSWERS, control).await;
     }
     if let Some(volume) = &volume {
-        let _ = std::fs::remove_file(&volume.control);
+        let _ = std::fs::remove_file(&volume.control_path);
     }
     match ended {
         Ok(()) => {
@@ -207,8 +207,8 @@ fn start_control(
     address: SocketAddr,
     drain: &watch::Sender<Drain>,
 ) -> anyhow::Result<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>> {
-    let socket = control::bind(&volume.control)
-        .with_context(|| format!("{}: make the control socket", volume.control.display()))?;
+    let socket = volume.control.try_clone().context("control socket")?;
+    let socket = UnixListener::from_std(socket).context("control socket")?;
     let epoch = volume
         .epoch
         .lock()

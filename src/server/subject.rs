@@ -1,6 +1,7 @@
 //! What a server serves: a volume of a pool, or a file by hand.
 
 use std::fs::File;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,6 +14,7 @@ use tracing::error;
 use super::attachments::Attachments;
 use super::budget::Budget;
 use super::commit::Commits;
+use super::control;
 use super::epoch::Epoch;
 use super::exports::Exports;
 use super::service::{Refusals, Service};
@@ -40,8 +42,9 @@ pub(super) struct OpenVolume {
     pub(super) id: VolumeId,
     pub(super) attachments: Arc<Attachments>,
     pub(super) epoch: Arc<Mutex<Epoch>>,
-    /// Where the control socket goes.
-    pub(super) control: PathBuf,
+    /// The control socket, and where it is.
+    pub(super) control: UnixListener,
+    pub(super) control_path: PathBuf,
     _lock: File,
 }
 
@@ -66,6 +69,9 @@ impl Subject {
         let store = Store::open(&directory.join("data"), false)?;
         let exports = Arc::new(Exports::default());
         let attachments = Attachments::load(directory, id.clone(), Arc::clone(&exports))?;
+        let socket = control::bind(control)
+            .with_context(|| format!("{}: make the control socket", control.display()))?;
+        // Last: a server that could not serve must not leave an epoch open.
         let epoch = Epoch::open(directory)?;
         Ok(Self {
             store: Arc::new(store),
@@ -75,7 +81,8 @@ impl Subject {
                 id: id.clone(),
                 attachments: Arc::new(attachments),
                 epoch: Arc::new(Mutex::new(epoch)),
-                control: control.to_owned(),
+                control: socket,
+                control_path: control.to_owned(),
                 _lock: lock,
             }),
         })

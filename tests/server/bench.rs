@@ -100,6 +100,27 @@ impl Bench {
 
     /// Serves a file of that size by hand, on a file system that is mounted for the server alone.
     pub(crate) fn serve_file_on(&self, kind: &str, options: &str, size: u64) -> Server {
+        let (command, mounted) = self.mounted(kind, options, size);
+        self.serve_through(command, &mounted.join("data"))
+    }
+
+    /// Serves the volume, likewise.
+    pub(crate) fn serve_volume_on(&self, kind: &str, options: &str, size: u64) -> Server {
+        let (mut command, mounted) = self.mounted(kind, options, size);
+        let serve = self.command();
+        command
+            .arg(serve.get_program())
+            .args(serve.get_args())
+            .args(["--volume", self.volume.as_str()])
+            .arg("--directory")
+            .arg(mounted)
+            .arg("--control")
+            .arg(self.control_socket());
+        Server::start(command)
+    }
+
+    /// A command that runs what is appended to it where `data` is on a file system of its own, and where that is.
+    fn mounted(&self, kind: &str, options: &str, size: u64) -> (Command, PathBuf) {
         let mounted = self.path("mounted");
         std::fs::create_dir(&mounted).unwrap();
         let script = format!(
@@ -108,7 +129,7 @@ impl Bench {
         );
         let mut command = Command::new("unshare");
         command.args(["--map-root-user", "--mount", "sh", "-c", &script, "sh"]);
-        self.serve_through(command, &mounted.join("data"))
+        (command, mounted)
     }
 
     /// Serves the file by hand, in a process that may write no file longer than `limit` bytes.
