@@ -31,6 +31,7 @@ struct State {
     /// Sessions that found the pool too empty, in the order in which they came.
     waiting: VecDeque<(u64, Arc<Wake>)>,
     next: u64,
+    granted: u64,
 }
 
 /// A session's account.
@@ -58,6 +59,7 @@ impl Budget {
                 held: HashMap::new(),
                 waiting: VecDeque::new(),
                 next: 0,
+                granted: 0,
             }),
         }
     }
@@ -78,6 +80,11 @@ impl Budget {
     /// Bytes that all requests hold now.
     pub(super) fn in_flight(&self) -> usize {
         self.state().held.values().sum()
+    }
+
+    /// Permits that were ever given.
+    pub(super) fn granted(&self) -> u64 {
+        self.state().granted
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -123,11 +130,21 @@ impl Account {
             state.wake_first();
         }
         state.pool -= need;
+        state.granted += 1;
         state.held.insert(self.id, held + bytes);
         Some(Permit {
             account: Arc::clone(self),
             bytes,
         })
+    }
+}
+
+impl Account {
+    /// Whether others wait for memory while this session holds more than its floor.
+    pub(super) fn is_in_the_way(&self) -> bool {
+        let state = self.budget.state();
+        let held = state.held.get(&self.id).copied().unwrap_or(0);
+        held > FLOOR && state.waiting.iter().any(|(id, _)| *id != self.id)
     }
 }
 
@@ -173,6 +190,7 @@ mod tests {
         let small = other.take(4096).unwrap();
         assert!(other.take(MIB).is_none(), "the pool is empty");
         assert!(!wake.take(), "nothing was given back yet");
+        assert!(greedy.is_in_the_way() && !other.is_in_the_way());
         drop(all);
         assert!(wake.take(), "woken by what was given back");
         assert!(other.take(MIB).is_some());

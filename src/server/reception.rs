@@ -275,7 +275,7 @@ impl Reception {
                 let ending = Session::new(service, channel, presence, &session).run();
                 let seconds = began.elapsed().as_secs();
                 match ending {
-                    Ending::Broken(_) | Ending::Unbearable(_) | Ending::Stalled => {
+                    Ending::Broken(_) | Ending::Unbearable(_) | Ending::Stalled(_) => {
                         warn!(seconds, "session ends: {ending}");
                     }
                     _ => info!(seconds, "session ends: {ending}"),

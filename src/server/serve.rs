@@ -26,8 +26,8 @@ use crate::proto::control::control_server::ControlServer;
 use crate::tls::{self, Refresh, ServerOptions, ServerTls};
 use crate::volumes::VolumeId;
 
-/// How often the certificate files are looked at.
-const RELOAD: Duration = Duration::from_secs(2);
+/// How often the certificate files are looked at, and whether there is anything to do.
+const TICK: Duration = Duration::from_secs(2);
 
 /// How long sessions have to finish what they began; Kubernetes kills a pod after 30 s.
 const DRAIN: Duration = Duration::from_secs(20);
@@ -155,14 +155,18 @@ async fn attend(
         Some(volume) => Some(start_control(service, volume, address, &drain)?),
     };
     println!("listening on {address}");
-    let mut reload = tokio::time::interval(RELOAD);
+    let mut tick = tokio::time::interval(TICK);
+    let mut idle = Idle::default();
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
             _ = hang_up.recv() => break,
             _ = wanted.wait_for(|state| *state == Drain::Wanted) => break,
-            _ = reload.tick() => refresh(service),
+            _ = tick.tick() => {
+                refresh(service);
+                idle.look(service);
+            }
         }
     }
     info!("shutting down");
@@ -192,6 +196,25 @@ async fn attend(
 
 /// signal(7): sent when a write exceeds RLIMIT_FSIZE; the same number on all of Linux but MIPS.
 const SIGXFSZ: i32 = 25;
+
+/// Gives memory back when nothing was asked from one tick to the next, once.
+#[derive(Default)]
+struct Idle {
+    requests: u64,
+    done: bool,
+}
+
+impl Idle {
+    fn look(&mut self, service: &Service) {
+        let requests = service.budget.granted();
+        if requests != self.requests {
+            (self.requests, self.done) = (requests, false);
+        } else if !self.done && service.budget.in_flight() == 0 {
+            crate::sys::memory::give_back();
+            self.done = true;
+        }
+    }
+}
 
 fn refresh(service: &Service) {
     match service.tls.refresh() {

@@ -5,7 +5,6 @@
 //! up its memory, stops reading: the client feels that, and nobody else does.
 
 use std::io::IoSlice;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,14 +13,13 @@ use rustix::io::Errno as OsErrno;
 
 use super::budget::{Account, Permit};
 use super::channel::{Channel, ChannelError, Received};
-use super::command::{EXTENTS, Pending, Reply, Style, count};
+use super::command::{Reply, Style};
 use super::exports::{Order, Presence};
 use super::outgoing::Outgoing;
-use super::service::{BLOCK_SIZES, Service};
+use super::service::Service;
 use super::wake::Wake;
 use crate::nbd::codec::Malformed;
-use crate::nbd::reply;
-use crate::nbd::request::{Range, RawRequest, Request, Rules};
+use crate::nbd::request::{Range, RawRequest, Request};
 use crate::nbd::server::Session as Negotiated;
 use crate::nbd::{Cookie, Errno};
 
@@ -34,15 +32,20 @@ const REQUESTS: usize = 256;
 /// Bytes of replies that wait before no more requests are read.
 const BACKLOG: usize = 1 << 20;
 
-/// READs and WRITEs up to this size are tried at once, without a worker.
-const SHORT: u32 = 64 << 10;
-
 /// How long a peer may leave a message half sent, or not take what it is sent, before it is given up: well above
 /// what a network's hiccup takes, and the end of memory held by a peer that stopped.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// The same when the peer keeps memory that others wait for.
+const IN_THE_WAY: Duration = Duration::from_secs(10);
+
+/// How often a session that its peer keeps waiting looks whether it is in the way.
+const LOOK: Duration = Duration::from_secs(2);
+
 /// How long a session that knows ESHUTDOWN is kept open to say it, once nothing is in flight (C60).
 const FAREWELL: Duration = Duration::from_millis(300);
+
+mod requests;
 
 /// Where workers put what they have done.
 #[derive(Debug)]
@@ -80,8 +83,8 @@ pub(super) enum Ending {
     Broken(#[from] Malformed),
     #[error("the client sent a WRITE of {0} bytes, far beyond the limit")]
     Unbearable(u32),
-    #[error("the client did nothing for {} s in the middle of a message", PATIENCE.as_secs())]
-    Stalled,
+    #[error("the client did nothing for {} s in the middle of a message", .0.as_secs())]
+    Stalled(Duration),
     #[error(transparent)]
     Channel(#[from] ChannelError),
     #[error("poll: {0}")]
@@ -267,212 +270,6 @@ impl Session {
         }
     }
 
-    /// Takes some of the plaintext.
-    fn advance(&mut self) -> Result<(), Ending> {
-        let plaintext = self.channel.plaintext();
-        match &mut self.receiving {
-            Receiving::Header { bytes, have } => {
-                let taken = plaintext.len().min(bytes.len() - *have);
-                bytes[*have..*have + taken].copy_from_slice(&plaintext[..taken]);
-                *have += taken;
-                let complete = (*have == bytes.len()).then_some(*bytes);
-                self.channel.consume(taken);
-                if let Some(bytes) = complete {
-                    self.accept(&bytes)?;
-                }
-            }
-            Receiving::Payload { range, data, .. } => {
-                let taken = plaintext.len().min(range.length as usize - data.len());
-                data.extend_from_slice(&plaintext[..taken]);
-                let complete = data.len() == range.length as usize;
-                self.channel.consume(taken);
-                if complete {
-                    self.write();
-                }
-            }
-            Receiving::Discard { left, .. } => {
-                let taken = plaintext.len().min(*left);
-                *left -= taken;
-                let complete = *left == 0;
-                self.channel.consume(taken);
-                if complete {
-                    self.refuse();
-                }
-            }
-            Receiving::Waiting { .. } | Receiving::Over(_) => {}
-        }
-        Ok(())
-    }
-
-    /// Checks a request, once and for all.
-    fn accept(&mut self, bytes: &[u8]) -> Result<(), Ending> {
-        let raw = RawRequest::parse(bytes)?;
-        if raw.is_unbearable() {
-            return Err(Ending::Unbearable(raw.length));
-        }
-        let rules = Rules {
-            size: self.service.store.size(),
-            read_only: self.presence.export.read_only,
-            structured: self.style.structured,
-            contexts: !self.style.contexts.is_empty(),
-            minimum_block: BLOCK_SIZES.minimum,
-            maximum_payload: BLOCK_SIZES.maximum_payload,
-        };
-        let checked = match raw.check(&rules) {
-            Ok(Request::Disconnect) => {
-                self.receiving = Receiving::Over(Ending::Disconnected);
-                return Ok(());
-            }
-            _ if self.order == Order::Finish => Err(Errno::ESHUTDOWN),
-            checked => checked,
-        };
-        match checked {
-            Ok(request) => self.begin(raw.cookie, request)?,
-            Err(errno) => {
-                self.receiving = Receiving::Discard {
-                    cookie: raw.cookie,
-                    errno,
-                    left: raw.payload() as usize,
-                };
-                if raw.payload() == 0 {
-                    self.refuse();
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Answers a request that was not accepted, after its payload.
-    fn refuse(&mut self) {
-        if let Receiving::Discard { cookie, errno, .. } =
-            std::mem::replace(&mut self.receiving, Receiving::START)
-        {
-            let failed = &self.presence.export.counters.failed;
-            failed.fetch_add(1, Ordering::Relaxed);
-            let message = match errno {
-                Errno::ESHUTDOWN => "the server is shutting down",
-                Errno::EPERM => "the export is read-only",
-                Errno::ENOSPC => "the request goes beyond the end of the export",
-                _ => "the request is not valid here",
-            };
-            let reply = Reply::status(&self.style, cookie, Err((errno, message)));
-            self.outgoing.push(reply);
-        }
-    }
-
-    /// Starts a request, or has it wait for memory.
-    fn begin(&mut self, cookie: Cookie, request: Request) -> Result<(), ChannelError> {
-        let needed = match request {
-            Request::Read { range, .. } | Request::Write { range, .. } => range.length as usize,
-            Request::BlockStatus { one: false, .. } => 8 * EXTENTS,
-            _ => 0,
-        };
-        let Some(permit) = self.account.take(needed) else {
-            self.receiving = Receiving::Waiting { cookie, request };
-            return Ok(());
-        };
-        self.receiving = Receiving::START;
-        match request {
-            Request::Write { range, .. } => {
-                self.receiving = Receiving::Payload {
-                    cookie,
-                    request,
-                    range,
-                    data: Vec::with_capacity(needed),
-                    permit,
-                };
-                if range.length == 0 {
-                    self.write();
-                }
-            }
-            Request::Read { range, .. } if self.read_now(cookie, range)? => {}
-            _ => self.hand_out(cookie, request, Vec::new(), permit),
-        }
-        Ok(())
-    }
-
-    /// Answers a short READ from the page cache, in one chunk, whether or not DF asks for that.
-    fn read_now(&mut self, cookie: Cookie, range: Range) -> Result<bool, ChannelError> {
-        let length = range.length as usize;
-        if range.length > SHORT || length == 0 {
-            return Ok(false);
-        }
-        if self.scratch.len() < length {
-            self.scratch.resize(length, 0);
-        }
-        let data = &mut self.scratch[..length];
-        if !self.service.store.read_now(range.offset, data) {
-            return Ok(false);
-        }
-        let counters = &self.presence.export.counters;
-        count(&counters.reads, &counters.read_bytes, range.length);
-        let header = if self.style.structured {
-            reply::offset_data(cookie, true, range.offset, range.length).to_vec()
-        } else {
-            reply::simple(cookie, Errno::OK).to_vec()
-        };
-        let mut encrypted = 0;
-        if self.outgoing.is_empty() {
-            let whole = [IoSlice::new(&header), IoSlice::new(data)];
-            encrypted = self.channel.encrypt(&whole)?;
-        }
-        let header_left = header.get(encrypted..).unwrap_or_default().to_vec();
-        let data_left = &data[encrypted.saturating_sub(header.len())..];
-        if !data_left.is_empty() {
-            self.outgoing.push(Reply {
-                parts: vec![header_left, data_left.to_vec()],
-                _permit: None,
-            });
-        }
-        Ok(true)
-    }
-
-    /// Carries out a WRITE whose payload is complete.
-    fn write(&mut self) {
-        let complete = std::mem::replace(&mut self.receiving, Receiving::START);
-        let Receiving::Payload {
-            cookie,
-            request,
-            range,
-            data,
-            permit,
-        } = complete
-        else {
-            return;
-        };
-        let fua = matches!(request, Request::Write { fua: true, .. });
-        let store = &self.service.store;
-        if !fua && range.length <= SHORT && store.write_now(range.offset, &data).is_some() {
-            let counters = &self.presence.export.counters;
-            count(&counters.writes, &counters.written_bytes, range.length);
-            self.outgoing
-                .push(Reply::status(&self.style, cookie, Ok(())));
-            return;
-        }
-        self.hand_out(cookie, request, data, permit);
-    }
-
-    /// Gives a request to the workers.
-    fn hand_out(&mut self, cookie: Cookie, request: Request, data: Vec<u8>, permit: Permit) {
-        self.in_flight += 1;
-        let pending = Pending {
-            cookie,
-            style: self.style.clone(),
-            inbox: Arc::clone(&self.inbox),
-            presence: Arc::clone(&self.presence),
-            permit: Some(permit),
-            answered: false,
-        };
-        let service = Arc::clone(&self.service);
-        if let Request::Flush = request {
-            // It waits in line with others, not for a worker of its own.
-            return pending.perform(&service, request, data);
-        }
-        self.service
-            .workers
-            .submit(move || pending.perform(&service, request, data));
-    }
-
     /// Encrypts and sends replies.
     fn transmit(&mut self) -> Result<(), Ending> {
         loop {
@@ -532,28 +329,28 @@ impl Session {
 
     /// How long to sleep at most, or that the peer was waited for long enough.
     fn patience(&mut self, reading: bool) -> Result<Option<Timespec>, Ending> {
-        let mut until = None;
-        let mut consider = |since: Instant, patience: Duration| {
-            let left = (since + patience).saturating_duration_since(Instant::now());
-            until = Some(until.map_or(left, |until: Duration| until.min(left)));
-            left.is_zero()
-        };
-        if self.order == Order::Finish
-            && self.in_flight == 0
-            && consider(self.received_at, FAREWELL)
-        {
-            self.receiving = Receiving::Over(Ending::Drained);
-        }
-        if let Some(since) = self.unsent_since
-            && consider(since, PATIENCE)
-        {
-            return Err(Ending::Stalled);
+        let mut sleep = None;
+        if self.order == Order::Finish && self.in_flight == 0 {
+            let left = FAREWELL.saturating_sub(self.received_at.elapsed());
+            if left.is_zero() {
+                self.receiving = Receiving::Over(Ending::Drained);
+            }
+            sleep = Some(left);
         }
         let half = reading && !self.receiving.is_between_messages();
-        if half && consider(self.received_at, PATIENCE) {
-            return Err(Ending::Stalled);
+        let waits_since = [self.unsent_since, half.then_some(self.received_at)];
+        if let Some(since) = waits_since.into_iter().flatten().min() {
+            let patience = if self.account.is_in_the_way() {
+                IN_THE_WAY
+            } else {
+                PATIENCE
+            };
+            if since.elapsed() >= patience {
+                return Err(Ending::Stalled(patience));
+            }
+            sleep = Some(sleep.map_or(LOOK, |sleep: Duration| sleep.min(LOOK)));
         }
-        Ok(until.and_then(|until| Timespec::try_from(until).ok()))
+        Ok(sleep.and_then(|sleep| Timespec::try_from(sleep).ok()))
     }
 
     fn say_goodbye(&mut self) -> Ending {

@@ -4,6 +4,7 @@
 //! messages, for one, are encoded in [`crate::attach`].
 
 pub mod ktls;
+pub mod memory;
 pub mod netlink;
 pub mod process;
 mod sockopt;

@@ -230,6 +230,30 @@ fn memory_is_bounded_whatever_clients_ask_for() {
 }
 
 #[test]
+fn who_keeps_memory_from_others_and_does_nothing_is_cut_off() {
+    let bench = Bench::new(64 * MIB);
+    let server = bench.serve_file(&["--request-memory", "64"]);
+    let client = bench.client();
+    // The pool has room for two of these, less what each session has for itself.
+    let _stalled: Vec<_> = (0..2)
+        .map(|_| {
+            let mut wire = Tls::simple(server.address, &client, EXPORT);
+            wire.request(Command::WRITE, NONE, 1, 0, 32 << 20);
+            wire.say(&[1; 1000]);
+            wire
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(200));
+    let mut wire = Tls::simple(server.address, &client, EXPORT);
+    wire.stream
+        .sock
+        .set_read_timeout(Some(Duration::from_secs(25)))
+        .unwrap();
+    assert_eq!(wire.read(0, 32 << 20).map(|data| data.len()), Ok(32 << 20));
+    server.logged("did nothing for 10 s");
+}
+
+#[test]
 fn an_export_has_a_limited_number_of_sessions() {
     let bench = Bench::new(MIB);
     let server = bench.serve_file(&[]);
