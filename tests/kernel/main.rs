@@ -15,6 +15,8 @@
 )]
 
 mod attach;
+mod csi;
+mod driver;
 mod host;
 mod inside;
 #[path = "../support/kernels.rs"]
@@ -62,9 +64,14 @@ impl Scenario {
 }
 
 fn scenarios() -> impl Iterator<Item = &'static Scenario> {
-    [smoke::SCENARIOS, attach::SCENARIOS, sanity::SCENARIOS]
-        .into_iter()
-        .flatten()
+    [
+        smoke::SCENARIOS,
+        attach::SCENARIOS,
+        csi::SCENARIOS,
+        sanity::SCENARIOS,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 fn main() -> ExitCode {

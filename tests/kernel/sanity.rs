@@ -2,16 +2,13 @@
 //! kernel devices.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use rustix::process::{Pid, Signal};
-use tempfile::TempDir;
 
 use crate::Scenario;
+use crate::driver::Driver;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario::new("sanity::mount", || run("mount", None, Secrets::None)).within_seconds(600),
@@ -65,13 +62,13 @@ const CALLS: [&str; 8] = [
 ];
 
 fn run(access: &str, fs_type: Option<&str>, secrets: Secrets) -> Result<()> {
-    let home = TempDir::with_prefix("sanity")?;
-    let path = |name: &str| home.path().join(name);
-    let mut driver = Driver::start(&home)?;
+    // The suite attaches as many as a node may have, and one more.
+    let driver = Driver::start(&["--max-volumes-per-node", "3"])?;
+    let path = |name: &str| driver.path(name);
 
     let mut suite = Command::new(csi_sanity()?);
     suite
-        .arg(format!("--csi.endpoint={}", driver.endpoint))
+        .arg(format!("--csi.endpoint={}", driver.endpoint()))
         .arg(format!("--csi.mountdir={}", path("mount").display()))
         .arg(format!("--csi.stagingdir={}", path("staging").display()))
         .arg(format!("--csi.testvolumeaccesstype={access}"))
@@ -100,29 +97,22 @@ fn run(access: &str, fs_type: Option<&str>, secrets: Secrets) -> Result<()> {
     let output = suite.output().context("csi-sanity")?;
     let text = String::from_utf8_lossy(&output.stdout);
     println!("{text}{}", String::from_utf8_lossy(&output.stderr));
-    let log = driver.stop()?;
+    let report = fs::read_to_string(path("report.xml"));
+    let log = driver.log()?;
     ensure!(
         output.status.success(),
         "csi-sanity: {}\n{log}",
         output.status
     );
     ensure!(text.contains(SPECS), "csi-sanity did not say {SPECS:?}");
-    for reason in skipped(&fs::read_to_string(path("report.xml"))?) {
+    for reason in skipped(&report?) {
         ensure!(
             UNDECLARED.iter().any(|part| reason.contains(part)),
             "csi-sanity skipped a spec: {reason}"
         );
     }
     ensure!(!log.contains("hunter2"), "a secret is in the log");
-    let problem = log
-        .lines()
-        .find(|line| line.contains(" ERROR ") || line.contains(" WARN "));
-    ensure!(
-        problem.is_none(),
-        "in the log: {}",
-        problem.unwrap_or_default()
-    );
-    nothing_is_left(home.path())
+    driver.end_well()
 }
 
 /// Where `tests/support/install` puts it.
@@ -138,97 +128,4 @@ fn skipped(report: &str) -> Vec<&str> {
         .filter_map(|rest| rest.split('"').next())
         .filter(|message| !message.contains("pending"))
         .collect()
-}
-
-/// No volume, no record, no published directory.
-fn nothing_is_left(home: &Path) -> Result<()> {
-    for folder in [
-        "pool/volumes",
-        "state/node/volumes",
-        "state/node/devices",
-        "mount",
-        "staging",
-    ] {
-        let Ok(entries) = fs::read_dir(home.join(folder)) else {
-            continue;
-        };
-        let left: Vec<_> = entries
-            .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
-            .filter(|name| !name.starts_with('.') && name != "lock")
-            .collect();
-        ensure!(left.is_empty(), "left in {folder}: {left:?}");
-    }
-    Ok(())
-}
-
-/// A running `hawser standalone`.
-struct Driver {
-    child: Child,
-    endpoint: String,
-    log: PathBuf,
-}
-
-impl Driver {
-    fn start(home: &TempDir) -> Result<Self> {
-        let path = |name: &str| home.path().join(name);
-        for folder in ["state", "secrets", "pool"] {
-            fs::create_dir(path(folder))?;
-        }
-        let endpoint = format!("unix://{}", path("csi.sock").display());
-        let log = path("log");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_hawser"))
-            .args(["standalone", "--node-id", "node-a", "--stop-servers"])
-            // The suite attaches as many as a node may have, and one more.
-            .args(["--max-volumes-per-node", "3"])
-            .arg("--state")
-            .arg(path("state"))
-            .arg("--secrets")
-            .arg(path("secrets"))
-            .arg("--pool")
-            .arg(path("pool"))
-            .args(["--endpoint", &endpoint])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(fs::File::create(&log)?)
-            .spawn()?;
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().context("its output")?).read_line(&mut line)?;
-        ensure!(
-            line.contains(&endpoint),
-            "hawser standalone does not serve: {line}{}",
-            fs::read_to_string(&log)?
-        );
-        Ok(Self {
-            child,
-            endpoint,
-            log,
-        })
-    }
-
-    /// Ends it in good order, and returns its log.
-    fn stop(&mut self) -> Result<String> {
-        let pid = Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, Signal::TERM)?;
-        let begun = Instant::now();
-        let status = loop {
-            if let Some(status) = self.child.try_wait()? {
-                break status;
-            }
-            ensure!(
-                begun.elapsed() < Duration::from_secs(60),
-                "hawser standalone does not end"
-            );
-            std::thread::sleep(Duration::from_millis(20));
-        };
-        let log = fs::read_to_string(&self.log)?;
-        ensure!(status.success(), "hawser standalone: {status}\n{log}");
-        Ok(log)
-    }
-}
-
-impl Drop for Driver {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
