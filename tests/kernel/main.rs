@@ -16,12 +16,15 @@
 
 mod attach;
 mod csi;
+mod data;
 mod driver;
+mod foreign;
 mod host;
 mod inside;
 #[path = "../support/kernels.rs"]
 mod kernels;
 mod load;
+mod machine;
 mod node;
 mod relay;
 mod rude;
@@ -68,6 +71,8 @@ fn scenarios() -> impl Iterator<Item = &'static Scenario> {
         smoke::SCENARIOS,
         attach::SCENARIOS,
         csi::SCENARIOS,
+        data::SCENARIOS,
+        foreign::SCENARIOS,
         sanity::SCENARIOS,
     ]
     .into_iter()
