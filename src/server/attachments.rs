@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use super::durable;
 use super::exports::{Exports, Order};
 use crate::nbd::ExportName;
+use crate::storage;
 use crate::volumes::{AttachmentId, VolumeId};
 
 /// Attachments of one volume: far more than nodes that could read it at one time.
@@ -151,7 +151,7 @@ impl Attachments {
 
     fn write(&self, record: &Record) -> Result<(), AttachmentsError> {
         let bytes = serde_json::to_vec_pretty(record).unwrap_or_default();
-        durable::replace(&self.path, &bytes).map_err(|source| AttachmentsError::Io {
+        storage::rewrite(&self.path, &bytes).map_err(|source| AttachmentsError::Io {
             path: self.path.clone(),
             doing: "write the attachments",
             source,

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::durable;
+use crate::storage;
 
 /// Where the kernel says which boot this is.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -115,7 +115,7 @@ impl Epoch {
 
     fn write(&self) -> Result<(), EpochError> {
         let bytes = serde_json::to_vec(&self.record).unwrap_or_default();
-        durable::replace(&self.path, &bytes).map_err(|source| EpochError::Io {
+        storage::rewrite(&self.path, &bytes).map_err(|source| EpochError::Io {
             path: self.path.clone(),
             doing: "write the epoch",
             source,

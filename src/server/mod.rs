@@ -10,7 +10,6 @@ mod channel;
 mod command;
 mod commit;
 mod control;
-mod durable;
 mod epoch;
 mod exports;
 mod negotiation;

@@ -1,5 +1,6 @@
 //! `hawser serve`: from the command line to the end of the process.
 
+use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -154,7 +155,8 @@ async fn attend(
         None => None,
         Some(volume) => Some(start_control(service, volume, address, &drain)?),
     };
-    println!("listening on {address}");
+    // Its output may be a file on a full disk.
+    let _ = writeln!(std::io::stdout(), "listening on {address}");
     let mut tick = tokio::time::interval(TICK);
     let mut idle = Idle::default();
     loop {

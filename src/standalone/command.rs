@@ -1,7 +1,7 @@
 //! `hawser standalone`: from the command line to the end of the process.
 
 use std::collections::BTreeSet;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use rustix::fs::Mode;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep};
@@ -106,6 +107,7 @@ fn node_name(text: &str) -> Result<String, String> {
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     // Nothing that is made here is for others.
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
+    allow_many_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -113,6 +115,15 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let ended = runtime.block_on(serve(args));
     runtime.shutdown_timeout(Duration::from_secs(5));
     ended.map(|()| ExitCode::SUCCESS)
+}
+
+/// A volume takes up to four open files here, and login sessions often start with 1024.
+fn allow_many_files() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
 }
 
 async fn serve(args: Args) -> anyhow::Result<()> {
@@ -136,7 +147,11 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         controller: Some(Arc::new(installation.clone())),
         node,
     });
-    println!("serving CSI on unix://{}", path.display());
+    let _ = writeln!(
+        std::io::stdout(),
+        "serving CSI on unix://{}",
+        path.display()
+    );
     let (told, answered) = tokio::sync::oneshot::channel();
     let served = router.serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
         stop.told().await;

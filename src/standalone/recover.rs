@@ -87,7 +87,7 @@ impl Installation {
         let lock = lock(&settings.state)?;
         check_pool(&settings.state, &settings.pool)?;
         let pool = Pool::open(&settings.pool, settings.overcommit)?;
-        storage::replace(&settings.state.join(POOL), pool.identity().as_bytes())
+        storage::rewrite(&settings.state.join(POOL), pool.identity().as_bytes())
             .map_err(OpenError::io("write", &settings.state.join(POOL)))?;
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let ground = Arc::new(Ground {

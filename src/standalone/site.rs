@@ -163,7 +163,7 @@ impl Site {
             .map(|one| (&one.id, json!({ "read_only": one.read_only })))
             .collect();
         let json = json!({ "attachments": allowed }).to_string();
-        storage::replace(&self.data().join("attachments.json"), json.as_bytes())
+        storage::rewrite(&self.data().join("attachments.json"), json.as_bytes())
             .map_err(ServerError::io("write attachments.json in", &self.data()))
     }
 

@@ -17,7 +17,7 @@ mod tests;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use self::durable::replace;
+pub use self::durable::{replace, rewrite};
 pub use self::lock::own;
 pub use self::overcommit::Overcommit;
 pub use self::pool::Pool;

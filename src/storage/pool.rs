@@ -22,6 +22,9 @@ const DELETING: &str = ".deleting-";
 const DATA: &str = "data";
 const IDENTITY: &str = "pool.json";
 
+/// Bytes that are never promised, so that a volume that was still created can also be served.
+const HEADROOM: u64 = 1 << 20;
+
 /// Who a pool is, in `pool.json`: an empty mount point is not the pool that is missing from it.
 #[derive(Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 struct Identity {
@@ -257,7 +260,11 @@ impl Pool {
         let doomed = self.volumes.join(format!("{DELETING}{id}"));
         let removed = self.exclusively(id, |_| {
             remove_tree(&doomed)?;
-            self.rename(&self.directory(id), &doomed)?;
+            let directory = self.directory(id);
+            // Somebody may have removed it by hand.
+            if directory.exists() {
+                self.rename(&directory, &doomed)?;
+            }
             self.index().remove(id);
             Ok(())
         });
@@ -369,6 +376,7 @@ impl Pool {
         let file_system = rustix::fs::statvfs(&self.volumes)
             .map_err(|error| StorageError::io("inspect", &self.volumes)(error.into()))?;
         let free = file_system.f_bavail.saturating_mul(file_system.f_frsize);
+        let free = free.saturating_sub(HEADROOM);
         let (mut taken, mut promised) = (0_u64, 0_u64);
         for (id, slot) in index {
             promised = promised.saturating_add(slot.promised);

@@ -41,7 +41,7 @@ impl Record {
         let failed = StorageError::io("write", &directory.join(NAME));
         let written = serde_json::to_vec_pretty(self)
             .map_err(std::io::Error::other)
-            .and_then(|json| durable::replace(&directory.join(NAME), &json));
+            .and_then(|json| durable::rewrite(&directory.join(NAME), &json));
         written.map_err(failed)
     }
 

@@ -22,7 +22,14 @@ pub(crate) const NODE: &str = "node-a";
 pub(crate) const OTHER_NODE: &str = "node-b";
 
 /// State, Secrets and pool of one machine. Ends the servers that are left when it goes.
-pub(crate) struct Home(TempDir);
+pub(crate) struct Home {
+    directory: TempDir,
+    /// The size of a file system that the pool has to itself, as mount(8) takes it.
+    pool_size: Option<&'static str>,
+}
+
+/// Mounts a file system that only the command sees, and then runs it.
+const MOUNT: &str = r#"mount -t tmpfs -o "size=$1" tmpfs "$2" && shift 2 && exec "$@""#;
 
 /// A running `hawser standalone`. Killed when it goes.
 pub(crate) struct Parent {
@@ -36,11 +43,22 @@ pub(crate) struct Controller(pub(crate) ControllerClient<Channel>);
 
 impl Home {
     pub(crate) fn new() -> Self {
-        Self(TempDir::with_prefix("hw").unwrap())
+        Self {
+            directory: TempDir::with_prefix("hw").unwrap(),
+            pool_size: None,
+        }
+    }
+
+    /// A machine whose pool is that small. It is there as long as its processes are: the next parent gets another.
+    pub(crate) fn with_pool_of(size: &'static str) -> Self {
+        let mut home = Self::new();
+        home.pool_size = Some(size);
+        fs::create_dir_all(home.path("pool/volumes")).unwrap();
+        home
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.directory.path().join(name)
     }
 
     pub(crate) fn volume(&self, id: &str) -> PathBuf {
@@ -49,7 +67,18 @@ impl Home {
 
     /// The command, with what every test gives it.
     fn command(&self, pool: &Path) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_hawser"));
+        let mut command = match self.pool_size {
+            None => Command::new(env!("CARGO_BIN_EXE_hawser")),
+            Some(size) => {
+                let mut command = Command::new("unshare");
+                command
+                    .args(["--user", "--map-root-user", "--mount", "sh", "-c", MOUNT])
+                    .args(["sh", size])
+                    .arg(pool)
+                    .arg(env!("CARGO_BIN_EXE_hawser"));
+                command
+            }
+        };
         command
             .arg("standalone")
             .args(["--no-node", "--node-id", NODE, "--other-node", OTHER_NODE])
@@ -155,7 +184,7 @@ impl Home {
 
     /// The processes that serve a volume of this machine.
     pub(crate) fn server_processes(&self) -> Vec<i32> {
-        let ours = self.0.path().as_os_str().as_encoded_bytes();
+        let ours = self.directory.path().as_os_str().as_encoded_bytes();
         let mut processes = Vec::new();
         for entry in fs::read_dir("/proc").unwrap().flatten() {
             let Ok(id) = entry.file_name().to_string_lossy().parse::<i32>() else {
@@ -213,6 +242,12 @@ impl Parent {
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// A path as this process sees it, in whose mounts it may be another file.
+    pub(crate) fn sees(&self, path: &Path) -> PathBuf {
+        let root = PathBuf::from(format!("/proc/{}/root", self.child.id()));
+        root.join(path.strip_prefix("/").unwrap())
     }
 
     /// Sends SIGTERM and waits for the end.

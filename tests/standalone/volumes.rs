@@ -1,13 +1,16 @@
 //! Volumes from their creation to their deletion.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
+use rustix::process::Signal;
 use tokio::task::JoinSet;
 use tonic::Code;
 
 use crate::calls::{MIB, refusal};
-use crate::home::{Home, NODE, OTHER_NODE, mode};
+use crate::home::{Home, NODE, OTHER_NODE, mode, process_of, send};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_from_creation_to_deletion() {
@@ -147,4 +150,45 @@ async fn names_that_look_like_paths_are_names() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         assert!(name.parse::<hawser::volumes::VolumeId>().is_ok(), "{name}");
     }
+}
+
+/// Writes until the disk is full, and closes the file: what remains is what others are left with.
+fn fill(path: &Path) {
+    let mut file = File::create(path).unwrap();
+    for chunk in [vec![1; 1 << 16], vec![1; 1]] {
+        while file.write_all(&chunk).is_ok() {}
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_a_full_disk_nothing_is_half_made_and_volumes_are_let_go() {
+    let home = Home::with_pool_of("8m");
+    let parent = home.start().await;
+    let first = parent.create("pvc-1", 4 * MIB).await.unwrap().volume_id;
+    let second = parent.create("pvc-2", 4 * MIB).await.unwrap().volume_id;
+    let attachment = parent.publish(&first, NODE).await.unwrap();
+    let pool = parent.sees(&home.path("pool"));
+    let before: Vec<_> = home.leftovers();
+    fill(&pool.join("filler"));
+
+    let (code, text) = refusal(parent.create("pvc-3", MIB).await);
+    assert_eq!(code, Code::ResourceExhausted, "{text}");
+    let (code, text) = refusal(parent.expand(&first, 5 * MIB).await);
+    assert_eq!(code, Code::ResourceExhausted, "{text}");
+    assert_eq!(parent.volumes().await.len(), 2);
+    assert_eq!(home.leftovers(), before);
+    assert_eq!(fs::read_dir(pool.join("volumes")).unwrap().count(), 2);
+
+    let server = home.statistics(&first).await.unwrap();
+    send(process_of(&server), Signal::KILL);
+    let server = home.next_server(&first, server.process_id).await;
+    assert_eq!(server.attachments[0].id, attachment);
+    parent.unpublish(&first, NODE).await.unwrap();
+    assert_eq!(home.statistics(&first).await.unwrap().attachments, []);
+    parent.publish(&first, OTHER_NODE).await.unwrap();
+    parent.delete(&second).await.unwrap();
+
+    fs::remove_file(pool.join("filler")).unwrap();
+    parent.create("pvc-3", MIB).await.unwrap();
+    assert_eq!(parent.expand(&first, 5 * MIB).await.unwrap(), 5 * MIB);
 }
