@@ -67,3 +67,58 @@ pub fn router(services: Services) -> Router {
         .add_optional_service(controller.map(ControllerServer::new))
         .add_optional_service(node.map(NodeServer::new))
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio_stream::wrappers::UnixListenerStream;
+    use tonic::Code;
+
+    use super::*;
+    use crate::proto::csi::controller_client::ControllerClient;
+    use crate::proto::csi::identity_client::IdentityClient;
+    use crate::proto::csi::{
+        CreateSnapshotRequest, GetPluginCapabilitiesRequest, GetPluginInfoRequest,
+        ListVolumesRequest, ProbeRequest,
+    };
+    use crate::proto::socket;
+
+    #[tokio::test]
+    async fn only_what_a_role_has_is_served() {
+        for controller in [
+            None,
+            Some(Arc::new(memory::Memory::default()) as Arc<dyn Volumes>),
+        ] {
+            let has_controller = controller.is_some();
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("csi.sock");
+            let listener = UnixListenerStream::new(socket::bind(&path).unwrap());
+            let services = Services {
+                controller,
+                node: None,
+            };
+            let server = tokio::spawn(router(services).serve_with_incoming(listener));
+            let channel = socket::connect(&path).await.unwrap();
+
+            let mut identity = IdentityClient::new(channel.clone());
+            let info = identity.get_plugin_info(GetPluginInfoRequest {}).await;
+            assert_eq!(info.unwrap().into_inner().name, DRIVER_NAME);
+            let ready = identity.probe(ProbeRequest {}).await.unwrap().into_inner();
+            assert_eq!(ready.ready, Some(true));
+            let told = identity
+                .get_plugin_capabilities(GetPluginCapabilitiesRequest {})
+                .await
+                .unwrap()
+                .into_inner();
+            assert_eq!(told.capabilities.len(), 1 + usize::from(has_controller));
+
+            let mut client = ControllerClient::new(channel);
+            let listed = client.list_volumes(ListVolumesRequest::default()).await;
+            assert_eq!(listed.is_ok(), has_controller);
+            let undeclared = client
+                .create_snapshot(CreateSnapshotRequest::default())
+                .await;
+            assert_eq!(undeclared.unwrap_err().code(), Code::Unimplemented);
+            server.abort();
+        }
+    }
+}
