@@ -43,6 +43,9 @@ const DOWN: Duration = Duration::from_secs(5);
 /// How long a server may take to end after it was drained, and after it was told to end.
 const END: Duration = Duration::from_secs(10);
 
+/// How long a server that was killed may hold its volume still, while the kernel ends its system calls.
+const DYING: Duration = Duration::from_secs(2);
+
 /// Failures in a row after which a server that holds its volume but cannot be reached is told to end.
 const PATIENCE: u32 = 5;
 
@@ -156,7 +159,13 @@ impl Server {
             None => "it is down".to_owned(),
         };
         // The lock is held for as long as any thread of a server lives, so also for as long as a write is under way.
-        let settled = self.site.blocking(Site::settle_allowed).await;
+        let deadline = Instant::now() + DYING;
+        let settled = loop {
+            match self.site.blocking(Site::settle_allowed).await {
+                Err(ServerError::Held { .. }) if Instant::now() < deadline => sleep(ASK).await,
+                settled => break settled,
+            }
+        };
         settled.map_err(|error| {
             let why = format!("{refused}; {}", chain(&error));
             self.unavailable("its server did not revoke the attachment", Some(why))
