@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::backend::Backend;
-use super::error::AttachError;
+use super::error::{AttachError, chain};
 use super::record::Record;
 use super::system::detached;
 use super::{Device, Inner, blocking, modules};
@@ -61,7 +61,7 @@ impl Inner {
     pub(super) async fn recover(self: Arc<Self>) -> Result<Vec<Recovered>, AttachError> {
         let inner = self.clone();
         let findings = blocking(move || inner.findings()).await?;
-        if findings.iter().any(Finding::has_device) {
+        if findings.iter().any(|finding| finding.index().is_some()) {
             self.clone().listen().await?;
         }
         let mut recovered = Vec::new();
@@ -69,7 +69,7 @@ impl Inner {
             let volume = finding.backend().volume;
             let _lock = self.lock(&volume).await;
             let inner = self.clone();
-            let Some(found) = blocking(move || inner.settle(finding)).await? else {
+            let Some(found) = blocking(move || Ok(inner.settle_or_say(finding))).await? else {
                 continue;
             };
             if let Fate::Resumed(device) = &found.fate {
@@ -98,18 +98,27 @@ impl Inner {
         Ok(reconcile(records, devices))
     }
 
+    /// One volume's trouble must not keep the others from being looked after.
+    fn settle_or_say(&self, finding: Finding) -> Option<Recovered> {
+        let Backend { volume, attachment } = finding.backend();
+        let device = finding.index().map(|index| self.system.path(index));
+        self.settle(finding).unwrap_or_else(|error| {
+            let problem = chain(&error);
+            tracing::error!(%volume, "after a restart: {problem}");
+            device.map(|device| Recovered {
+                volume,
+                attachment,
+                fate: Fate::Failed { device, problem },
+            })
+        })
+    }
+
     /// Does what a finding asks for, under the volume's lock; `None` if it has changed since.
     fn settle(&self, finding: Finding) -> Result<Option<Recovered>, AttachError> {
         let backend = finding.backend();
         let volume = &backend.volume;
         let now = self.device_of(volume)?;
-        let before = match &finding {
-            Finding::Both(index, _) | Finding::DeviceOnly(index, _) => {
-                Some((*index, backend.clone()))
-            }
-            Finding::RecordOnly(_) => None,
-        };
-        if now != before {
+        if now != finding.index().map(|index| (index, backend.clone())) {
             return Ok(None);
         }
         let fate = match finding {
@@ -152,8 +161,11 @@ impl Inner {
 }
 
 impl Finding {
-    fn has_device(&self) -> bool {
-        !matches!(self, Self::RecordOnly(_))
+    fn index(&self) -> Option<u32> {
+        match self {
+            Self::Both(index, _) | Self::DeviceOnly(index, _) => Some(*index),
+            Self::RecordOnly(_) => None,
+        }
     }
 
     fn backend(&self) -> Backend {

@@ -98,6 +98,24 @@ fn k20_only_the_same_export_may_go_on() {
 }
 
 #[test]
+fn a_vanished_peer_ends_the_connection_within_the_timeout() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    notice_silence(&socket, Duration::from_secs(9)).unwrap();
+    assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), 9000);
+    assert!(sockopt::socket_keepalive(&socket).unwrap());
+    let probe = Duration::from_secs(3);
+    assert_eq!(sockopt::tcp_keepidle(&socket).unwrap(), probe);
+    assert_eq!(sockopt::tcp_keepintvl(&socket).unwrap(), probe);
+    assert_eq!(sockopt::tcp_keepcnt(&socket).unwrap(), 3);
+    notice_silence(&socket, Duration::from_secs(1)).unwrap();
+    assert_eq!(
+        sockopt::tcp_keepidle(&socket).unwrap(),
+        Duration::from_secs(1)
+    );
+}
+
+#[test]
 fn a_description_that_is_not_ours_says_nothing() {
     assert_eq!(described("hawser volume=v epoch=3"), Some(("v", 3)));
     for other in [
