@@ -297,6 +297,11 @@ fn the_server_dies_under_load() -> Result<()> {
             load.go_on(200).await?;
         }
         load.finish(&served.data())?;
+        // What was put in the place of dead sockets is encrypted like those that were there first.
+        until("two encrypted sockets", || {
+            Ok(tls_statistic("TlsCurrTxSw")? == 2 && tls_statistic("TlsCurrRxSw")? == 2)
+        })
+        .await?;
         attacher.detach(&served.volume).await?;
         nothing_left()
     })
