@@ -232,6 +232,13 @@ pub enum VolumesError {
         #[source]
         source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
+    /// A Secret of the installation's that cannot be used.
+    #[error("{problem}")]
+    Secret {
+        problem: String,
+        #[source]
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
     #[error("{doing}")]
     Internal {
         doing: String,

@@ -39,9 +39,10 @@ impl Locks {
     {
         let held = self.hold(operation, what)?;
         let span = tracing::info_span!("csi", operation, volume = what);
+        let name = what.to_owned();
         let task = async move {
             let begun = Instant::now();
-            let result = work.await;
+            let result = work.await.map_err(|refusal| naming(&name, refusal));
             let milliseconds = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
             match &result {
                 Ok(_) => tracing::info!(milliseconds, "done"),
@@ -85,6 +86,14 @@ impl Locks {
                 })
             }
         }
+    }
+}
+
+/// A refusal that says of what it is: the errors of file systems and mounts know devices and paths only.
+fn naming(what: &str, refusal: Status) -> Status {
+    match refusal.message() {
+        message if message.contains(what) => refusal,
+        message => status(refusal.code(), format!("{what}: {message}")),
     }
 }
 

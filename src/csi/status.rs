@@ -74,6 +74,8 @@ impl From<VolumesError> for Status {
             VolumesError::NoRoom(_) | VolumesError::NodeFull { .. } => Code::ResourceExhausted,
             VolumesError::Invalid(_) => Code::InvalidArgument,
             VolumesError::Unavailable { .. } => Code::Unavailable,
+            // As if the request had carried it.
+            VolumesError::Secret { .. } => Code::Unauthenticated,
             VolumesError::Internal { .. } => Code::Internal,
         };
         status(code, chain(&error))

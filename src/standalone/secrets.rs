@@ -91,9 +91,17 @@ impl From<SecretsError> for VolumesError {
         if error.is_full_disk() {
             return Self::NoRoom(format!("the disk is full: {error}"));
         }
-        Self::Internal {
-            doing: error.to_string(),
-            source: std::error::Error::source(&error).map(|source| chain(source).into()),
+        let text = error.to_string();
+        let source = std::error::Error::source(&error).map(|source| chain(source).into());
+        match error {
+            SecretsError::Unusable { .. } => Self::Secret {
+                problem: text,
+                source,
+            },
+            _ => Self::Internal {
+                doing: text,
+                source,
+            },
         }
     }
 }

@@ -25,7 +25,7 @@ use tempfile::TempDir;
 use tonic::Status;
 use tonic::transport::Channel;
 
-const NODE: &str = "node-a";
+pub(crate) const NODE: &str = "node-a";
 
 /// How long the process may take to end.
 const ENDING: Duration = Duration::from_secs(60);

@@ -15,6 +15,7 @@
 )]
 
 mod attach;
+mod bad_input;
 mod csi;
 mod data;
 mod driver;
@@ -70,6 +71,7 @@ fn scenarios() -> impl Iterator<Item = &'static Scenario> {
     [
         smoke::SCENARIOS,
         attach::SCENARIOS,
+        bad_input::SCENARIOS,
         csi::SCENARIOS,
         data::SCENARIOS,
         foreign::SCENARIOS,
