@@ -5,13 +5,16 @@
 //! stops reading holds no more than this buffer and one record.
 
 use std::io::{self, IoSlice, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use rustls::ServerConnection;
 
 /// Bytes of ciphertext that wait to be sent: enough to fill a socket's buffer in one call.
 const OUTGOING: usize = 256 << 10;
+
+/// Bytes that are thrown away at the end, before a peer that goes on sending is reset.
+const UNREAD: usize = 1 << 20;
 
 /// A connection inside TLS, or on its way there.
 pub(super) struct Channel {
@@ -88,8 +91,7 @@ impl Channel {
                 let state = match self.tls.process_new_packets() {
                     Ok(state) => state,
                     Err(error) => {
-                        // The alert tells the peer why, if it still listens.
-                        let _ = self.tls.write_tls(&mut self.socket);
+                        self.hang_up();
                         return Err(ChannelError::Tls(error));
                     }
                 };
@@ -151,6 +153,22 @@ impl Channel {
     /// Says that nothing more will be sent; [`Channel::send`] sends it.
     pub(super) fn close(&mut self) {
         self.tls.send_close_notify();
+    }
+
+    /// Ends the connection, after what can still be sent: an alert, or close_notify.
+    ///
+    /// What the peer has sent and nobody read is thrown away first. A socket that is closed on unread bytes resets the
+    /// connection, and the peer might never see our last words.
+    pub(super) fn hang_up(&mut self) {
+        let _ = self.send();
+        let _ = self.socket.shutdown(Shutdown::Write);
+        let mut most = UNREAD;
+        while let Ok(read @ 1..) = self.socket.read(&mut self.incoming) {
+            if read >= most {
+                return;
+            }
+            most -= read;
+        }
     }
 }
 

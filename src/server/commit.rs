@@ -88,3 +88,40 @@ impl Commits {
         self.state().waiting.len()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn writes_that_the_system_lost_are_never_durable_and_are_told_of_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("data");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let store = Arc::new(Store::open(&path, false).unwrap());
+        let told = Arc::new(AtomicU32::new(0));
+        let on_loss = {
+            let told = Arc::clone(&told);
+            move || {
+                told.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        let commits = Commits::new(Arc::clone(&store), Workers::default(), on_loss);
+        let commits = Arc::new(commits);
+        let flush = || {
+            let (sender, receiver) = mpsc::channel();
+            commits.request(move |result| sender.send(result).unwrap());
+            receiver.recv().unwrap()
+        };
+        assert_eq!(flush(), Ok(()));
+        store.lose();
+        for _ in 0..3 {
+            assert_eq!(flush(), Err(Trouble::Lost));
+            assert_eq!(store.write(0, b"x"), Err(Trouble::Lost));
+        }
+        assert_eq!(told.load(Ordering::Relaxed), 1);
+    }
+}

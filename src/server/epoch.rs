@@ -41,7 +41,8 @@ pub(super) enum EpochError {
         source: io::Error,
     },
     #[error(
-        "{path} does not hold an epoch: put back a copy, or remove it once every node has let go of the volume",
+        "{path} does not hold an epoch: remove it, and the volume begins another one, at which nodes that have it \
+         attached give up their devices",
         path = .path.display()
     )]
     Corrupt {

@@ -355,7 +355,7 @@ impl Session {
 
     fn say_goodbye(&mut self) -> Ending {
         self.channel.close();
-        let _ = self.channel.send();
+        self.channel.hang_up();
         match std::mem::replace(&mut self.receiving, Receiving::START) {
             Receiving::Over(ending) => ending,
             _ => Ending::Gone,

@@ -416,6 +416,14 @@ impl Store {
     }
 }
 
+#[cfg(test)]
+impl Store {
+    /// As if fdatasync(2) had failed.
+    pub(super) fn lose(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+}
+
 const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 
 enum Found {

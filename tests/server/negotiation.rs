@@ -12,7 +12,7 @@ use hawser::nbd::{
 };
 use hawser::tls::{self, Authority, Leaf, Secret, Side};
 use rustls::client::Resumption;
-use rustls::{ClientConfig, HandshakeKind};
+use rustls::{AlertDescription, ClientConfig, HandshakeKind};
 use time::OffsetDateTime;
 
 use crate::bench::{Bench, EXPORT, config, unchecked_config};
@@ -361,6 +361,31 @@ fn c27_only_this_volumes_clients_get_through_the_handshake() {
         assert!(!is_let_in(&bench, &client, server.address), "{what}");
     }
     assert!(is_let_in(&bench, &bench.client(), server.address));
+}
+
+#[test]
+fn c27_a_refused_client_is_told_why_though_it_did_not_wait() {
+    let bench = Bench::new(MIB);
+    let server = bench.serve_file(&[]);
+    let secret = bench.authority.issue_client(&bench.volume).unwrap();
+    let secret = Secret::from_map("the test", &secret, Side::Client).unwrap();
+    let anonymous = tls::anonymous_client_config(&secret).unwrap();
+    let expired = bench.client_with(|leaf| {
+        leaf.not_before = OffsetDateTime::now_utc() - time::Duration::hours(2);
+        leaf.not_after = OffsetDateTime::now_utc() - time::Duration::hours(1);
+    });
+    for (client, alert) in [
+        (anonymous, AlertDescription::CertificateRequired),
+        (expired, AlertDescription::CertificateExpired),
+    ] {
+        let mut wire = Plain::connect(server.address).starttls(&client).unwrap();
+        for _ in 0..20 {
+            let _ = wire.try_say(&OptionHeader::encode(OptionCode::LIST, &[]));
+        }
+        let error = wire.hear(1).unwrap_err();
+        let told = error.get_ref().and_then(|error| error.downcast_ref());
+        assert_eq!(told, Some(&rustls::Error::AlertReceived(alert)), "{error}");
+    }
 }
 
 #[test]
