@@ -91,7 +91,8 @@ impl Channel {
                 let state = match self.tls.process_new_packets() {
                     Ok(state) => state,
                     Err(error) => {
-                        self.hang_up();
+                        // The alert tells the peer why, if it still listens.
+                        let _ = self.send();
                         return Err(ChannelError::Tls(error));
                     }
                 };
@@ -153,6 +154,11 @@ impl Channel {
     /// Says that nothing more will be sent; [`Channel::send`] sends it.
     pub(super) fn close(&mut self) {
         self.tls.send_close_notify();
+    }
+
+    /// The socket, when nothing more is to be said in TLS.
+    pub(super) fn into_socket(self) -> TcpStream {
+        self.socket
     }
 
     /// Ends the connection, after what can still be sent: an alert, or close_notify.

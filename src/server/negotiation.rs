@@ -5,7 +5,7 @@
 //! was answered end the connection (C26).
 
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,6 +26,9 @@ const UNTIL_PROVEN: Duration = Duration::from_secs(10);
 
 /// From the connection to transmission, for a client that asks around first.
 const UNTIL_TRANSMISSION: Duration = Duration::from_secs(30);
+
+/// How long a peer that was refused may take to see it.
+const PARTING: Duration = Duration::from_secs(2);
 
 /// Ciphertext read at a time: options are small.
 const INCOMING: usize = 4 << 10;
@@ -57,6 +60,9 @@ enum Stage {
         received: Vec<u8>,
         closing: bool,
     },
+    /// Over, but for what the peer may still be sending: a socket that is closed on unread bytes resets the
+    /// connection, and then the peer might never see why.
+    Parting { socket: TcpStream, since: Instant },
 }
 
 /// What follows when a plaintext reply has been sent.
@@ -72,7 +78,10 @@ pub(super) enum Progress {
     Waiting,
     /// Transmission begins; the reply that says so may still have to be sent.
     Transmission(Box<Established>),
-    Over(Refused),
+    /// There will be no session; the peer is being told so.
+    Refused(Refused),
+    /// There is no session, and nothing more to do.
+    Over,
 }
 
 /// A client that may use an export.
@@ -147,9 +156,17 @@ impl Negotiation {
         matches!(self.stage, Some(Stage::Secured { .. }))
     }
 
+    /// Whether it has been refused already.
+    pub(super) fn is_parting(&self) -> bool {
+        matches!(self.stage, Some(Stage::Parting { .. }))
+    }
+
     /// When it must have come further.
     pub(super) fn deadline(&self) -> Instant {
-        self.began + self.allowed()
+        match self.stage {
+            Some(Stage::Parting { since, .. }) => since + PARTING,
+            _ => self.began + self.allowed(),
+        }
     }
 
     /// How long it may take in all.
@@ -168,7 +185,7 @@ impl Negotiation {
             Some(Stage::Tls { channel, .. } | Stage::Secured { channel, .. }) => {
                 channel.is_sending()
             }
-            None => false,
+            Some(Stage::Parting { .. }) | None => false,
         };
         // Nothing is read from a client that does not take its answers.
         if sending {
@@ -180,7 +197,7 @@ impl Negotiation {
 
     pub(super) fn socket(&self) -> Option<BorrowedFd<'_>> {
         match self.stage.as_ref()? {
-            Stage::Plain { socket, .. } => Some(socket.as_fd()),
+            Stage::Plain { socket, .. } | Stage::Parting { socket, .. } => Some(socket.as_fd()),
             Stage::Tls { channel, .. } | Stage::Secured { channel, .. } => Some(channel.as_fd()),
         }
     }
@@ -189,7 +206,7 @@ impl Negotiation {
     pub(super) fn advance(&mut self, service: &Service) -> Progress {
         loop {
             let Some(stage) = self.stage.take() else {
-                return Progress::Over(Refused::Left);
+                return Progress::Over;
             };
             let step = match stage {
                 Stage::Plain {
@@ -207,6 +224,7 @@ impl Negotiation {
                     received,
                     closing,
                 } => self.secured(service, channel, machine, identity, received, closing),
+                Stage::Parting { socket, since } => return self.part(socket, since),
             };
             match step {
                 Ok(Moved::On(stage)) => self.stage = Some(stage),
@@ -215,9 +233,30 @@ impl Negotiation {
                     return Progress::Waiting;
                 }
                 Ok(Moved::Out(established)) => return Progress::Transmission(established),
-                Err(refused) => return Progress::Over(refused),
+                Ok(Moved::Parts(socket, refused)) => {
+                    let _ = socket.shutdown(Shutdown::Write);
+                    let since = Instant::now();
+                    self.stage = Some(Stage::Parting { socket, since });
+                    return Progress::Refused(refused);
+                }
+                Err(refused) => return Progress::Refused(refused),
             }
         }
+    }
+
+    /// Throws away what the peer still sends, until it is done.
+    fn part(&mut self, mut socket: TcpStream, since: Instant) -> Progress {
+        let mut unread = [0; INCOMING];
+        // A peer that never ends is not read from for ever; its deadline comes.
+        for _ in 0..16 {
+            match would_block(socket.read(&mut unread)) {
+                Ok(Some(1..)) => {}
+                Ok(None) => break,
+                Ok(Some(0)) | Err(_) => return Progress::Over,
+            }
+        }
+        self.stage = Some(Stage::Parting { socket, since });
+        Progress::Waiting
     }
 
     fn secured(
@@ -232,7 +271,7 @@ impl Negotiation {
         channel.send().map_err(Refused::Tls)?;
         if channel.is_sending() || closing {
             if closing && !channel.is_sending() {
-                return Err(Refused::Left);
+                return Ok(Moved::Parts(channel.into_socket(), Refused::Left));
             }
             return Ok(Moved::Waits(Stage::Secured {
                 channel,
@@ -310,6 +349,7 @@ enum Moved {
     On(Stage),
     Waits(Stage),
     Out(Box<Established>),
+    Parts(TcpStream, Refused),
 }
 
 fn plain(
@@ -337,7 +377,7 @@ fn plain(
     }
     match then {
         Then::Receive => {}
-        Then::Close => return Err(Refused::Left),
+        Then::Close => return Ok(Moved::Parts(socket, Refused::Left)),
         Then::Upgrade(handshake) => {
             let tls = ServerConnection::new(service.tls.config())
                 .map_err(|error| Refused::Tls(ChannelError::Tls(error)))?;
@@ -387,7 +427,10 @@ fn plain(
 }
 
 fn tls(service: &Service, mut channel: Channel, handshake: Handshake) -> Result<Moved, Refused> {
-    let received = channel.receive().map_err(Refused::Tls)?;
+    let received = match channel.receive() {
+        Ok(received) => received,
+        Err(error) => return Ok(Moved::Parts(channel.into_socket(), Refused::Tls(error))),
+    };
     channel.send().map_err(Refused::Tls)?;
     if channel.tls().is_handshaking() {
         if received == Received::End {

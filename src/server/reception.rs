@@ -193,6 +193,7 @@ impl Reception {
             .min_by_key(|(_, negotiation)| {
                 let neighbours = of_address.get(&negotiation.peer.ip()).copied();
                 (
+                    !negotiation.is_parting(),
                     negotiation.is_proven(),
                     std::cmp::Reverse(neighbours),
                     negotiation.deadline(),
@@ -200,8 +201,10 @@ impl Reception {
             })
             .map(|(index, _)| index);
         if let Some(index) = victim {
-            let peer = self.negotiations.remove(index).peer;
-            self.refuse(peer, &Refused::Crowded(crowd));
+            let negotiation = self.negotiations.remove(index);
+            if !negotiation.is_parting() {
+                self.refuse(negotiation.peer, &Refused::Crowded(crowd));
+            }
         }
     }
 
@@ -215,7 +218,14 @@ impl Reception {
         match std::panic::catch_unwind(AssertUnwindSafe(|| negotiation.advance(service))) {
             Ok(Progress::Waiting) => return,
             Ok(Progress::Transmission(established)) => self.begin(*established),
-            Ok(Progress::Over(refused)) => self.refuse(peer, &refused),
+            Ok(Progress::Refused(refused)) => {
+                let parting = negotiation.is_parting();
+                self.refuse(peer, &refused);
+                if parting {
+                    return;
+                }
+            }
+            Ok(Progress::Over) => {}
             Err(_) => self.refuse(peer, &Refused::Bug),
         }
         self.negotiations.remove(index);
@@ -226,7 +236,7 @@ impl Reception {
         let mut late = Vec::new();
         self.negotiations.retain(|negotiation| {
             let in_time = negotiation.deadline() > now;
-            if !in_time {
+            if !in_time && !negotiation.is_parting() {
                 late.push((negotiation.peer, negotiation.allowed()));
             }
             in_time
