@@ -27,10 +27,12 @@ mod kernels;
 mod load;
 mod machine;
 mod node;
+mod reconnect;
 mod relay;
 mod rude;
 mod sanity;
 mod smoke;
+mod wire;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -72,6 +74,7 @@ fn scenarios() -> impl Iterator<Item = &'static Scenario> {
         smoke::SCENARIOS,
         attach::SCENARIOS,
         bad_input::SCENARIOS,
+        reconnect::SCENARIOS,
         csi::SCENARIOS,
         data::SCENARIOS,
         foreign::SCENARIOS,
