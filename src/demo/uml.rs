@@ -15,7 +15,7 @@ mod stage;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use self::kernel::Kernel;
 use self::process::Process;
@@ -44,10 +44,10 @@ pub enum Error {
     )]
     NoRoomForMemory { needed: u32, tried: String },
     #[error(
-        "user-mode Linux did not end within {} s and was killed; the end of its console:\n{console}",
-        deadline.as_secs()
+        "user-mode Linux hung, and was killed after {} s; the end of its console:\n{console}",
+        after.as_secs()
     )]
-    TimedOut { deadline: Duration, console: String },
+    TimedOut { after: Duration, console: String },
     #[error("user-mode Linux ended before its command did; the end of its console:\n{console}")]
     Died { console: String },
 }
@@ -65,6 +65,7 @@ pub struct Machine {
     kernel: Kernel,
     memory_mib: u32,
     deadline: Duration,
+    silence: Duration,
     load: Vec<String>,
     absent: Vec<String>,
     shares: Vec<(Access, PathBuf)>,
@@ -89,6 +90,7 @@ impl Machine {
             kernel,
             memory_mib: 1024,
             deadline: Duration::from_secs(600),
+            silence: Duration::MAX,
             load: vec!["nbd".to_owned(), "tls".to_owned()],
             absent: Vec::new(),
             shares: vec![modules],
@@ -107,6 +109,13 @@ impl Machine {
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
+        self
+    }
+
+    /// When the machine is killed because its command has printed nothing for so long.
+    #[must_use]
+    pub fn silence(mut self, silence: Duration) -> Self {
+        self.silence = silence;
         self
     }
 
@@ -146,12 +155,13 @@ impl Machine {
     ) -> Result<Outcome, Error> {
         let stage = self.stage(command)?;
         let mut process = Process::start(&self.kernel, self.memory_mib, &stage)?;
-        let finished = process.relay(self.deadline, &mut line);
+        let started = Instant::now();
+        let finished = process.relay(self.deadline, self.silence, &mut line);
         let (console, status) = (stage.console(), stage.status());
         drop(process);
         if !finished {
             return Err(Error::TimedOut {
-                deadline: self.deadline,
+                after: started.elapsed(),
                 console,
             });
         }

@@ -21,6 +21,7 @@ mod data;
 mod driver;
 mod foreign;
 mod host;
+mod hung;
 mod inside;
 #[path = "../support/kernels.rs"]
 mod kernels;

@@ -88,11 +88,17 @@ impl Process {
         Ok(Self { child, lines })
     }
 
-    /// Hands over what the command prints until the kernel has ended; false where it did not in time.
-    pub(super) fn relay(&mut self, deadline: Duration, line: &mut dyn FnMut(&str)) -> bool {
+    /// Hands over what the command prints until the kernel has ended; false where it did not in time, or printed nothing
+    /// for too long.
+    pub(super) fn relay(
+        &mut self,
+        deadline: Duration,
+        silence: Duration,
+        line: &mut dyn FnMut(&str),
+    ) -> bool {
         let started = Instant::now();
         loop {
-            let left = deadline.saturating_sub(started.elapsed());
+            let left = deadline.saturating_sub(started.elapsed()).min(silence);
             match self.lines.recv_timeout(left) {
                 Ok(text) => line(&text),
                 Err(RecvTimeoutError::Timeout) => return false,
