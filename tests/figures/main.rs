@@ -121,6 +121,7 @@ fn serve(file: &Path, certificates: &Path, port: u16) -> anyhow::Result<Killed> 
         .arg(certificates)
         .args(["--listen", &format!("127.0.0.1:{port}")])
         .stdin(Stdio::null())
+        .stdout(Stdio::null())
         .spawn()
         .map(Killed)
         .context("start hawser serve")
@@ -166,6 +167,7 @@ async fn side_by_side(directory: &Path) -> anyhow::Result<()> {
         .arg("--endpoint")
         .arg(format!("unix://{}", path.display()))
         .stdin(Stdio::null())
+        .stdout(Stdio::null())
         .spawn()
         .map(Killed)
         .context("start hawser standalone")?;
