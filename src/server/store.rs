@@ -362,7 +362,9 @@ impl Store {
         if !self.regular {
             return Ok(());
         }
-        let (size, served) = (self.status()?.0, self.size());
+        // In this order: the file grows before it is served.
+        let served = self.size();
+        let size = self.status()?.0;
         if size < served {
             return Err(Trouble::Truncated { size, served });
         }
@@ -374,6 +376,8 @@ impl Store {
         if self.has_lost_writes() {
             return Err(Trouble::Lost);
         }
+        // In this order: the file grows before it is served, and a write meanwhile must not see the old size and the new.
+        let served = self.size();
         let (size, links, mode) = self.status()?;
         if !self.regular {
             return Ok(mode);
@@ -381,7 +385,6 @@ impl Store {
         if links == 0 {
             return Err(Trouble::Deleted);
         }
-        let served = self.size();
         if size < served {
             return Err(Trouble::Truncated { size, served });
         }

@@ -202,3 +202,22 @@ fn only_files_and_devices_are_opened_and_by_one_writer() {
         assert!(matches!(error, OpenError::InUse { .. }), "{error}");
     }
 }
+
+/// A write that was under way while the file grew once saw its old size and the new size that was served.
+#[test]
+fn growing_fails_no_request_that_is_under_way() {
+    let (_directory, path, store) = sparse();
+    let file = File::options().write(true).open(&path).unwrap();
+    std::thread::scope(|scope| {
+        let grower = scope.spawn(|| {
+            for step in 1..=5000 {
+                file.set_len(SIZE + step * KIB).unwrap();
+                store.grow().unwrap();
+            }
+        });
+        while !grower.is_finished() {
+            store.write(0, b"under way").unwrap();
+        }
+    });
+    assert_eq!(store.size(), SIZE + 5000 * KIB);
+}
