@@ -150,8 +150,10 @@ impl Attachments {
     }
 
     fn write(&self, record: &Record) -> Result<(), AttachmentsError> {
-        let bytes = serde_json::to_vec_pretty(record).unwrap_or_default();
-        storage::rewrite(&self.path, &bytes).map_err(|source| AttachmentsError::Io {
+        let written = serde_json::to_vec_pretty(record)
+            .map_err(io::Error::from)
+            .and_then(|bytes| storage::rewrite(&self.path, &bytes));
+        written.map_err(|source| AttachmentsError::Io {
             path: self.path.clone(),
             doing: "write the attachments",
             source,

@@ -115,8 +115,10 @@ impl Epoch {
     }
 
     fn write(&self) -> Result<(), EpochError> {
-        let bytes = serde_json::to_vec(&self.record).unwrap_or_default();
-        storage::rewrite(&self.path, &bytes).map_err(|source| EpochError::Io {
+        let written = serde_json::to_vec(&self.record)
+            .map_err(io::Error::from)
+            .and_then(|bytes| storage::rewrite(&self.path, &bytes));
+        written.map_err(|source| EpochError::Io {
             path: self.path.clone(),
             doing: "write the epoch",
             source,
