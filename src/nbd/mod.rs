@@ -13,12 +13,14 @@ pub mod option_reply;
 pub mod reply;
 pub mod request;
 pub mod server;
+pub mod uri;
 
 pub use self::export::{BlockSizes, ExportInfo, ExportName, InvalidExportName, MetaContext};
 pub use self::numbers::{
     ChunkType, Command, CommandFlags, Cookie, Errno, HandshakeFlags, InfoType, OptionCode,
     ReplyCode, TransmissionFlags, magic,
 };
+pub use self::uri::Uri;
 
 /// The longest string the protocol allows (export names, meta context names, descriptions), in bytes.
 pub const MAX_STRING: usize = 4096;
