@@ -136,6 +136,8 @@ pub enum Reason {
     Surplus(usize),
     #[error("the TLS version must be 1.3, the server chose {0:?}")]
     Version(Option<rustls::ProtocolVersion>),
+    #[error("the run was ended")]
+    Cancelled,
     #[error("the server changed its TLS keys during negotiation, which the kernel cannot follow")]
     KeysChanged,
 }

@@ -149,7 +149,7 @@ impl Transmitting {
                     check(cookie == request.cookie, "a cookie that no request has")?;
                     left = left.checked_sub(length).ok_or(Reason::TooLong { limit })?;
                     let payload = self.take(length)?;
-                    chunks.push(own(Chunk::parse(kind, &payload)?));
+                    chunks.push(Chunk::parse(kind, &payload)?.into());
                     if done {
                         return Ok(Reply::Structured(chunks));
                     }
@@ -189,18 +189,20 @@ fn check(holds: bool, otherwise: &'static str) -> Result<(), Malformed> {
     Err(Malformed::new("reply", otherwise))
 }
 
-fn own(chunk: Chunk<'_>) -> OwnedChunk {
-    match chunk {
-        Chunk::None => OwnedChunk::None,
-        Chunk::Data { offset, data } => OwnedChunk::Data {
-            offset,
-            data: data.to_owned(),
-        },
-        Chunk::Hole { offset, length } => OwnedChunk::Hole { offset, length },
-        Chunk::BlockStatus { context, extents } => OwnedChunk::BlockStatus { context, extents },
-        Chunk::Error { errno, message, .. } => OwnedChunk::Error {
-            errno,
-            message: message.to_owned(),
-        },
+impl From<Chunk<'_>> for OwnedChunk {
+    fn from(chunk: Chunk<'_>) -> Self {
+        match chunk {
+            Chunk::None => Self::None,
+            Chunk::Data { offset, data } => Self::Data {
+                offset,
+                data: data.to_owned(),
+            },
+            Chunk::Hole { offset, length } => Self::Hole { offset, length },
+            Chunk::BlockStatus { context, extents } => Self::BlockStatus { context, extents },
+            Chunk::Error { errno, message, .. } => Self::Error {
+                errno,
+                message: message.to_owned(),
+            },
+        }
     }
 }

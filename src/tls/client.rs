@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use rustls::ClientConfig;
 use rustls::client::{Resumption, WantsClientCert};
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{self, cipher_suite};
-use rustls::version::TLS13;
+use rustls::version::{TLS12, TLS13};
+use rustls::{ClientConfig, RootCertStore};
 
 use super::error::CertificateError;
 use super::provider;
@@ -20,6 +20,10 @@ pub enum Profile {
     Kernel,
     /// It stays in userspace: any cipher of TLS 1.3.
     Probe,
+    /// Somebody else's server is examined: TLS 1.2 or 1.3, as the two sides agree.
+    Any,
+    /// The same, to see whether it speaks TLS 1.2.
+    Tls12,
 }
 
 /// A configuration that presents the Secret's certificate and trusts its authorities. The server's name is checked
@@ -34,7 +38,7 @@ pub fn client_config(
             wanted: "clientAuth",
         });
     }
-    let config = builder(secret, profile)?
+    let config = builder(secret.origin(), secret.roots(), profile)?
         .with_client_auth_cert(secret.chain(), secret.key())
         .map_err(|source| unusable(secret.origin(), source))?;
     Ok(finish(config, profile))
@@ -42,25 +46,39 @@ pub fn client_config(
 
 /// The same without a certificate: a client that no server of ours may let in.
 pub fn anonymous_client_config(secret: &Secret) -> Result<Arc<ClientConfig>, CertificateError> {
-    let config = builder(secret, Profile::Probe)?.with_no_client_auth();
-    Ok(finish(config, Profile::Probe))
+    trusting_client_config(secret.roots(), Profile::Probe)
+}
+
+/// A client without a certificate that trusts these authorities.
+pub fn trusting_client_config(
+    authorities: Arc<RootCertStore>,
+    profile: Profile,
+) -> Result<Arc<ClientConfig>, CertificateError> {
+    let config = builder("the given authorities", authorities, profile)?.with_no_client_auth();
+    Ok(finish(config, profile))
 }
 
 fn builder(
-    secret: &Secret,
+    origin: &str,
+    authorities: Arc<RootCertStore>,
     profile: Profile,
 ) -> Result<rustls::ConfigBuilder<ClientConfig, WantsClientCert>, CertificateError> {
+    let versions: &[_] = match profile {
+        Profile::Kernel | Profile::Probe => &[&TLS13],
+        Profile::Any => &[&TLS13, &TLS12],
+        Profile::Tls12 => &[&TLS12],
+    };
     let provider = match profile {
-        Profile::Probe => provider(),
+        Profile::Probe | Profile::Any | Profile::Tls12 => provider(),
         Profile::Kernel => Arc::new(CryptoProvider {
             cipher_suites: vec![cipher_suite::TLS13_CHACHA20_POLY1305_SHA256],
             ..aws_lc_rs::default_provider()
         }),
     };
     Ok(ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&TLS13])
-        .map_err(|source| unusable(secret.origin(), source))?
-        .with_root_certificates(secret.roots()))
+        .with_protocol_versions(versions)
+        .map_err(|source| unusable(origin, source))?
+        .with_root_certificates(authorities))
 }
 
 fn finish(mut config: ClientConfig, profile: Profile) -> Arc<ClientConfig> {

@@ -1,11 +1,11 @@
 //! What a check is, and what it can come to.
 
-use std::time::{Duration, Instant};
+use std::fmt;
 
 use serde::Serialize;
 
-use crate::client::{ClientError, ProbeSession, Reply, Target, Transmitting};
-use crate::nbd::{Errno, ExportInfo, ExportName};
+use super::failure::Failure;
+use super::subject::Subject;
 
 /// Bytes of an outcome's text.
 const TEXT: usize = 400;
@@ -15,26 +15,89 @@ const TEXT: usize = 400;
 pub struct Check {
     /// Stable: reports are compared by it.
     pub id: &'static str,
+    /// What the server ought to do.
     pub title: &'static str,
+    pub group: Group,
     /// The heading in the specification, `doc/proto.md`, and the entry under it.
     pub section: &'static str,
     pub severity: Severity,
     /// What a failure means to the one who stores data there.
     pub why: &'static str,
+    /// What the server or its data must bear for it.
+    pub needs: Needs,
+    /// The rules of `docs/protocol.md` (C1 to C64) that it puts to the test.
+    #[serde(skip)]
+    pub rules: &'static [u8],
+    /// Whether it is made before every attach.
+    #[serde(skip)]
+    pub attach: bool,
+    #[serde(skip)]
+    pub(super) scope: Scope,
     #[serde(skip)]
     pub(super) question: fn(&Subject<'_>) -> Result<String, Stop>,
+}
+
+/// The part of a session's life that a check belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Group {
+    Greeting,
+    Options,
+    Plaintext,
+    Starttls,
+    Certificates,
+    Secured,
+    Contexts,
+    Transmission,
+    Robustness,
+    Resources,
 }
 
 /// What a finding puts at risk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
+    /// The specification recommends otherwise, or good practice does; no client need notice.
+    Style,
     /// Some clients will not get along with the server.
     Interoperability,
-    /// What is read may be wrong.
+    /// What is read may be wrong, or what was written may be lost.
     Data,
     /// Somebody on the network, or with another certificate, can do what they must not.
     Security,
+}
+
+/// What a check does to a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Needs {
+    /// It reads, and asks for little.
+    Nothing,
+    /// It overwrites the export's content, and does not restore it.
+    Write,
+    /// It tries to exhaust the server, which other clients may feel.
+    Intrusive,
+}
+
+/// Where a check can be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// Wherever a server listens.
+    Always,
+    /// Where fixed newstyle is spoken.
+    Newstyle,
+    /// Where STARTTLS is accepted.
+    Tls,
+    /// Where nothing is to be had without TLS.
+    Forced,
+    /// Where some things are to be had without TLS.
+    Selective,
+    /// Inside TLS.
+    Secured,
+    /// Where the export is to be had: inside TLS where there is TLS.
+    Session,
+    /// As `Session`, and whether it is to be had is the question.
+    Gate,
 }
 
 /// What a check came to.
@@ -63,55 +126,93 @@ pub enum Outcome {
 pub(super) enum Stop {
     Finding(String),
     Inapplicable(String),
+    /// The question could not be put.
+    NotRun(String),
     /// A finding where the server broke the protocol; otherwise the question was never put.
-    Client(ClientError),
-}
-
-/// The server as one check sees it.
-#[derive(Debug)]
-pub(super) struct Subject<'a> {
-    target: &'a Target,
-    deadline: Instant,
+    Session(Failure),
 }
 
 impl Check {
+    /// What the fields of most checks are.
+    pub(super) const USUAL: Self = Self {
+        id: "",
+        title: "",
+        group: Group::Greeting,
+        section: "",
+        severity: Severity::Interoperability,
+        why: "",
+        needs: Needs::Nothing,
+        rules: &[],
+        attach: false,
+        scope: Scope::Session,
+        question: |_| Err(Stop::NotRun(String::new())),
+    };
+
     pub(super) fn run(&self, subject: &Subject<'_>) -> Outcome {
-        match (self.question)(subject) {
-            Ok(seen) => Outcome::Passed { seen: brief(seen) },
-            Err(Stop::Finding(evidence)) => Outcome::Finding {
-                evidence: brief(evidence),
+        let outcome = match (self.question)(subject) {
+            Ok(seen) => Outcome::Passed { seen },
+            Err(Stop::Finding(evidence)) => Outcome::Finding { evidence },
+            Err(Stop::Inapplicable(reason)) => Outcome::Inapplicable { reason },
+            Err(Stop::NotRun(reason)) => Outcome::NotRun { reason },
+            Err(Stop::Session(failure)) if failure.is_violation() => Outcome::Finding {
+                evidence: failure.to_string(),
             },
-            Err(Stop::Inapplicable(reason)) => Outcome::Inapplicable {
-                reason: brief(reason),
+            Err(Stop::Session(failure)) => Outcome::NotRun {
+                reason: failure.to_string(),
             },
-            Err(Stop::Client(error)) if error.is_violation() => Outcome::Finding {
-                evidence: brief(error.to_string()),
-            },
-            Err(Stop::Client(error)) => Outcome::NotRun {
-                reason: brief(error.to_string()),
-            },
+        };
+        outcome.brief()
+    }
+}
+
+impl Outcome {
+    /// Its evidence, or what else there is to say.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        match self {
+            Self::Passed { seen: text }
+            | Self::Finding { evidence: text }
+            | Self::Inapplicable { reason: text }
+            | Self::NotRun { reason: text } => text,
         }
     }
-}
 
-/// What a server said can be long; reports end in events and error messages.
-fn brief(mut text: String) -> String {
-    if text.len() > TEXT {
-        text.truncate(text.floor_char_boundary(TEXT));
-        text.push('…');
+    /// What a server said can be long, and holds what it likes; reports end in events and terminals.
+    pub(super) fn brief(mut self) -> Self {
+        let (Self::Passed { seen: text }
+        | Self::Finding { evidence: text }
+        | Self::Inapplicable { reason: text }
+        | Self::NotRun { reason: text }) = &mut self;
+        *text = brief(text);
+        self
     }
-    text
 }
 
-impl From<ClientError> for Stop {
-    fn from(error: ClientError) -> Self {
-        Self::Client(error)
+/// A text that is short and safe to print.
+pub(super) fn brief(text: &str) -> String {
+    let mut short: String = text
+        .chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect();
+    if short.len() > TEXT {
+        short.truncate(short.floor_char_boundary(TEXT));
+        short.push('…');
+    }
+    short
+}
+
+impl From<Failure> for Stop {
+    fn from(failure: Failure) -> Self {
+        Self::Session(failure)
     }
 }
 
 /// A session that went well so far and then broke: whatever the reason, the server is the one to ask.
-pub(super) fn broke(error: ClientError) -> Stop {
-    Stop::Finding(error.to_string())
+pub(super) fn broke(failure: Failure) -> Stop {
+    if matches!(*failure.reason, crate::client::Reason::Cancelled) {
+        return Stop::Session(failure);
+    }
+    Stop::Finding(failure.to_string())
 }
 
 pub(super) fn require(holds: bool, evidence: impl FnOnce() -> String) -> Result<(), Stop> {
@@ -121,96 +222,30 @@ pub(super) fn require(holds: bool, evidence: impl FnOnce() -> String) -> Result<
     Err(Stop::Finding(evidence()))
 }
 
-impl<'a> Subject<'a> {
-    pub(super) fn new(target: &'a Target, deadline: Instant) -> Self {
-        Self { target, deadline }
-    }
-
-    /// For a new session, which has the rest of the check's time.
-    pub(super) fn target(&self) -> Target {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        Target {
-            // Connecting within no time at all is an error of the call, not a deadline.
-            timeout: left.max(Duration::from_millis(1)),
-            ..self.target.clone()
-        }
-    }
-
-    pub(super) fn export(&self) -> &'a ExportName {
-        &self.target.export
-    }
-
-    /// A name that is most likely no export; if it is one, it is another than ours.
-    pub(super) fn other_export(&self) -> ExportName {
-        let name = self.target.export.as_str();
-        let end = name.floor_char_boundary(crate::nbd::MAX_STRING - 6);
-        ExportName::try_from(format!("{}-other", &name[..end]).as_str()).unwrap_or_default()
-    }
-
-    /// A session that is past all doubt of our own certificate: the server has told us about the export.
-    pub(super) fn admitted(&self) -> Result<(ProbeSession, ExportInfo), Stop> {
-        let mut probe = ProbeSession::connect(&self.target())?;
-        match probe.info(self.export())? {
-            Ok(info) => Ok((probe, info)),
-            Err(refusal) => Err(Stop::Inapplicable(format!(
-                "INFO about the export: {refusal}"
-            ))),
-        }
-    }
-
-    /// Begins transmission on a session that was admitted.
-    pub(super) fn go(&self, probe: ProbeSession) -> Result<Transmitting, Stop> {
-        probe.go(self.export()).map_err(broke)
+impl fmt::Display for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Greeting => "greeting",
+            Self::Options => "options",
+            Self::Plaintext => "plaintext",
+            Self::Starttls => "starttls",
+            Self::Certificates => "certificates",
+            Self::Secured => "secured",
+            Self::Contexts => "contexts",
+            Self::Transmission => "transmission",
+            Self::Robustness => "robustness",
+            Self::Resources => "resources",
+        })
     }
 }
 
-/// The length of a request that every export of that kind must answer; `None` for an empty one.
-pub(super) fn one_block(info: &ExportInfo) -> Option<u32> {
-    let minimum = info.block_sizes.map_or(512, |sizes| sizes.minimum.max(512));
-    let length = u64::from(minimum).min(info.size);
-    u32::try_from(length).ok().filter(|length| *length > 0)
-}
-
-/// BLOCK_STATUS where no context is valid must be refused with EINVAL.
-pub(super) fn require_no_contexts(session: &mut Transmitting, length: u32) -> Result<(), Stop> {
-    let reply = session.block_status(0, length).map_err(broke)?;
-    let errno = reply.errno();
-    require(errno == Errno::EINVAL, || match errno {
-        Errno::OK => format!("BLOCK_STATUS was answered: {}", shape(&reply)),
-        errno => format!("BLOCK_STATUS was refused with {errno}, not with EINVAL"),
-    })
-}
-
-/// READ without structured replies must be answered with a simple reply, or the kernel driver gives up (K1).
-pub(super) fn require_simple_read(session: &mut Transmitting, length: u32) -> Result<(), Stop> {
-    let reply = session.read(0, length).map_err(broke)?;
-    require(
-        matches!(
-            reply,
-            Reply::Simple {
-                errno: Errno::OK,
-                ..
-            }
-        ),
-        || {
-            format!(
-                "READ of {length} bytes at 0 was answered with {}",
-                shape(&reply)
-            )
-        },
-    )
-}
-
-/// A reply in a few words.
-pub(super) fn shape(reply: &Reply) -> String {
-    match reply {
-        Reply::Simple { errno, data } if *errno == Errno::OK => {
-            format!("a simple reply of {} bytes", data.len())
-        }
-        Reply::Simple { errno, .. } => format!("the error {errno} in a simple reply"),
-        Reply::Structured(chunks) if reply.errno() == Errno::OK => {
-            format!("{} structured chunks", chunks.len())
-        }
-        Reply::Structured(_) => format!("the error {} in a structured reply", reply.errno()),
+impl fmt::Display for Severity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Style => "style",
+            Self::Interoperability => "interoperability",
+            Self::Data => "data",
+            Self::Security => "security",
+        })
     }
 }

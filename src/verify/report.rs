@@ -1,21 +1,34 @@
 //! What a battery found, for programs and for people.
 
 use std::fmt;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
-use super::check::{Check, Outcome};
+use super::check::{Check, Outcome, Severity};
+use super::mode::{Features, Mode};
+use super::server::Address;
 
-/// The outcome of every check, in the order of [`super::CHECKS`].
+/// What is known of a server: the outcome of each check that was asked for, in the order of [`super::CHECKS`].
 #[derive(Debug, Serialize)]
 pub struct Report {
-    pub address: SocketAddr,
+    pub address: Address,
     pub export: String,
+    /// What kind of server it is, and how that was told; the battery before an attach does not ask.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub summary: Option<Summary>,
     pub results: Vec<Examined>,
     #[serde(rename = "duration_us", serialize_with = "microseconds")]
     pub duration: Duration,
+}
+
+/// What kind of server it is.
+#[derive(Debug, Serialize)]
+pub struct Summary {
+    pub mode: Mode,
+    pub evidence: String,
+    #[serde(flatten)]
+    pub features: Features,
 }
 
 /// One check's outcome.
@@ -37,6 +50,14 @@ impl Report {
             .filter(|examined| matches!(examined.outcome, Outcome::Finding { .. }))
     }
 
+    /// The gravest of the findings.
+    #[must_use]
+    pub fn gravest(&self) -> Option<Severity> {
+        self.findings()
+            .map(|examined| examined.check.severity)
+            .max()
+    }
+
     /// What is not known about it.
     pub fn not_run(&self) -> impl Iterator<Item = &Examined> {
         self.results
@@ -49,12 +70,18 @@ impl Examined {
     /// Its evidence, or what else there is to say.
     #[must_use]
     pub fn text(&self) -> &str {
-        match &self.outcome {
-            Outcome::Passed { seen: text }
-            | Outcome::Finding { evidence: text }
-            | Outcome::Inapplicable { reason: text }
-            | Outcome::NotRun { reason: text } => text,
+        self.outcome.text()
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.mode, self.evidence)?;
+        let features = self.features.to_string();
+        if features.is_empty() {
+            return Ok(());
         }
+        write!(f, ": {features}")
     }
 }
 
@@ -109,7 +136,7 @@ impl fmt::Display for Examined {
         if matches!(self.outcome, Outcome::Finding { .. }) {
             write!(
                 f,
-                "\n           wanted: {title}\n           {severity:?}: {why}\n           see \"{section}\""
+                "\n           wanted: {title}\n           {severity}: {why}\n           see \"{section}\""
             )?;
         }
         Ok(())

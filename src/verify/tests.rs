@@ -1,4 +1,5 @@
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -6,10 +7,12 @@ use super::*;
 
 fn report(outcomes: &[Outcome]) -> Report {
     Report {
-        address: ([127, 0, 0, 1], 10809).into(),
+        address: Address::Tcp(([127, 0, 0, 1], 10809).into()),
         export: "vol/att".into(),
+        summary: None,
         results: CHECKS
             .iter()
+            .filter(|check| check.attach)
             .zip(outcomes)
             .map(|(check, outcome)| Examined {
                 check,
@@ -19,6 +22,14 @@ fn report(outcomes: &[Outcome]) -> Report {
             .collect(),
         duration: Duration::from_millis(2),
     }
+}
+
+fn first(index: usize) -> &'static Check {
+    CHECKS
+        .iter()
+        .filter(|check| check.attach)
+        .nth(index)
+        .unwrap()
 }
 
 fn passed() -> Outcome {
@@ -47,6 +58,25 @@ fn checks_have_ids_of_their_own_and_say_why() {
         for text in [check.title, check.section, check.why] {
             assert!(!text.is_empty(), "{}", check.id);
         }
+        assert!(!check.rules.is_empty(), "{}", check.id);
+        assert!(
+            check.rules.iter().all(|rule| (1..=64).contains(rule)),
+            "{}",
+            check.id
+        );
+        assert!(
+            !check.attach || check.needs == Needs::Nothing,
+            "{}: an attach only reads",
+            check.id
+        );
+        assert!(
+            check
+                .id
+                .chars()
+                .all(|c| c == '-' || c.is_ascii_lowercase() || c.is_ascii_digit()),
+            "{}",
+            check.id
+        );
     }
 }
 
@@ -59,12 +89,12 @@ fn strict_refuses_findings_and_doubts_and_says_which() {
     assert_eq!(Policy::Strict.decide(&good), Ok(()));
     let found = report(&[finding(), passed()]);
     let refused = Policy::Strict.decide(&found).unwrap_err().to_string();
-    for part in ["vol/att", CHECKS[0].id, "answered with SERVER"] {
+    for part in ["vol/att", first(0).id, "answered with SERVER"] {
         assert!(refused.contains(part), "{refused}");
     }
     let unknown = report(&[passed(), not_run()]);
     let refused = Policy::Strict.decide(&unknown).unwrap_err().to_string();
-    assert!(refused.contains(CHECKS[1].id), "{refused}");
+    assert!(refused.contains(first(1).id), "{refused}");
     for policy in [Policy::Warn, Policy::Off] {
         assert_eq!(policy.decide(&found), Ok(()));
         assert_eq!(policy.decide(&unknown), Ok(()));
@@ -84,7 +114,7 @@ fn policies_are_words() {
 #[test]
 fn reports_are_stable_for_programs() {
     let report = report(&[finding()]);
-    let check = &CHECKS[0];
+    let check = first(0);
     assert_eq!(
         serde_json::to_value(&report).unwrap(),
         json!({
@@ -93,9 +123,11 @@ fn reports_are_stable_for_programs() {
             "results": [{
                 "id": "plaintext-options-refused",
                 "title": check.title,
+                "group": "plaintext",
                 "section": check.section,
                 "severity": "security",
                 "why": check.why,
+                "needs": "nothing",
                 "outcome": "finding",
                 "evidence": "LIST before TLS was answered with SERVER",
                 "duration_us": 1500,
@@ -111,11 +143,11 @@ fn reports_tell_people_what_was_found_and_why_it_matters() {
     for part in [
         "1 of 3 checks passed, 1 finding, 1 could not run",
         "FINDING  plaintext-options-refused",
-        CHECKS[0].title,
-        CHECKS[0].why,
+        first(0).title,
+        first(0).why,
         "connection refused",
     ] {
         assert!(text.contains(part), "{part} in {text}");
     }
-    assert!(!text.contains(CHECKS[1].why), "{text}");
+    assert!(!text.contains(first(1).why), "{text}");
 }

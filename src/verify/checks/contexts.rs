@@ -2,13 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::check::{
-    Check, Severity, Stop, Subject, broke, one_block, require, require_no_contexts, shape,
-};
-use crate::client::{OwnedChunk, ProbeSession, Refusal, Reply};
-use crate::nbd::codec::Put;
+use super::prelude::*;
 use crate::nbd::option_reply::MetaContextReply;
-use crate::nbd::{ExportInfo, OptionCode, ReplyCode};
 
 const SELECTING: &str = "Option types, NBD_OPT_SET_META_CONTEXT";
 
@@ -22,44 +17,64 @@ const CONTEXTS: usize = 16;
 pub(super) const IDS_UNIQUE: Check = Check {
     id: "contexts-have-ids-of-their-own",
     title: "SET_META_CONTEXT names each context that was asked for once, with an id of its own, and BLOCK_STATUS answers by these ids",
+    group: Group::Contexts,
     section: SELECTING,
     severity: Severity::Data,
     why: "A backup would take one context's answer for another's, and leave out data.",
+    rules: &[43],
+    attach: true,
+    scope: Scope::Session,
     question: ids_unique,
+    ..Check::USUAL
 };
 
 /// C42.
 pub(super) const OTHER_EXPORT_VOID: Check = Check {
     id: "other-exports-context-void",
     title: "A context selected for another export is not valid for this one",
+    group: Group::Contexts,
     section: SELECTING,
     severity: Severity::Data,
     why: "The block status of another volume would be taken for this one's.",
+    rules: &[42],
+    attach: true,
+    scope: Scope::Session,
     question: other_export_void,
+    ..Check::USUAL
 };
 
 /// C41, C42.
 pub(super) const FAILED_SELECTION_CLEARS: Check = Check {
     id: "failed-selection-clears",
     title: "A selection that fails clears the one before it",
+    group: Group::Contexts,
     section: SELECTING,
     severity: Severity::Data,
     why: "Client and server would disagree about which contexts are in force.",
+    rules: &[41, 42],
+    attach: true,
+    scope: Scope::Session,
     question: failed_selection_clears,
+    ..Check::USUAL
 };
 
 /// C42.
 pub(super) const EMPTY_SELECTION_CLEARS: Check = Check {
     id: "empty-selection-clears",
     title: "A selection of nothing clears the one before it",
+    group: Group::Contexts,
     section: SELECTING,
     severity: Severity::Data,
     why: "Client and server would disagree about which contexts are in force.",
+    rules: &[42],
+    attach: true,
+    scope: Scope::Session,
     question: empty_selection_clears,
+    ..Check::USUAL
 };
 
 /// A session with structured replies, where contexts can be selected, and the length of a request to it.
-pub(super) fn structured(subject: &Subject<'_>) -> Result<(ProbeSession, ExportInfo, u32), Stop> {
+pub(super) fn structured(subject: &Subject<'_>) -> Result<(Session, ExportInfo, u32), Stop> {
     let (mut probe, info) = subject.admitted()?;
     let length =
         one_block(&info).ok_or_else(|| Stop::Inapplicable("the export is empty".into()))?;
@@ -72,7 +87,7 @@ pub(super) fn structured(subject: &Subject<'_>) -> Result<(ProbeSession, ExportI
 /// Selects `base:allocation`, which must succeed where the server knows contexts at all.
 pub(super) fn select_allocation(
     subject: &Subject<'_>,
-    probe: &mut ProbeSession,
+    probe: &mut Session,
 ) -> Result<MetaContextReply, Stop> {
     let selected = probe
         .set_meta_context(subject.export(), &[ALLOCATION])
@@ -183,13 +198,13 @@ fn failed_selection_clears(subject: &Subject<'_>) -> Result<String, Stop> {
     overlong.extend_from_slice(ALLOCATION.as_bytes());
     let (mut probe, _, length) = structured(subject)?;
     select_allocation(subject, &mut probe)?;
-    match probe.other(OptionCode::SET_META_CONTEXT, &overlong) {
-        Ok(Err(_)) => void(subject, probe, length)?,
-        Ok(Ok(())) => {
+    match probe.ask(OptionCode::SET_META_CONTEXT, &overlong) {
+        Ok(answer) if answer.last.code == ReplyCode::ACK => {
             return Err(Stop::Finding(
                 "a query whose length runs past the end of the option was accepted".into(),
             ));
         }
+        Ok(_) => void(subject, probe, length)?,
         Err(error) if error.is_violation() => return Err(broke(error)),
         // Harsh, but nothing is left in force.
         Err(_) => {}
@@ -221,7 +236,7 @@ fn empty_selection_clears(subject: &Subject<'_>) -> Result<String, Stop> {
     Ok("nothing was left in force".into())
 }
 
-fn void(subject: &Subject<'_>, probe: ProbeSession, length: u32) -> Result<(), Stop> {
+fn void(subject: &Subject<'_>, probe: Session, length: u32) -> Result<(), Stop> {
     let mut session = subject.go(probe)?;
     require_no_contexts(&mut session, length)?;
     session.disconnect();

@@ -1,10 +1,8 @@
 //! `base:allocation` of the whole export: extents that can be added up.
 
-use super::check::{Check, Severity, Stop, Subject, broke, require, shape};
 use super::contexts::{select_allocation, structured};
-use crate::client::{OwnedChunk, Reply, Transmitting};
+use super::prelude::*;
 use crate::nbd::reply::{Extent, MAX_DESCRIPTORS};
-use crate::nbd::{Command, CommandFlags, ExportInfo};
 
 /// Bytes asked about at a time.
 const STEP: u32 = 1 << 30;
@@ -16,15 +14,20 @@ const REQUESTS: usize = 64;
 pub(super) const WELL_FORMED: Check = Check {
     id: "extents-cover-the-export",
     title: "BLOCK_STATUS covers the export in extents that begin where they were asked for and are never empty",
+    group: Group::Contexts,
     section: "Structured reply types, NBD_REPLY_TYPE_BLOCK_STATUS",
     severity: Severity::Data,
     why: "A backup or a copy would take data for a hole, or miss it.",
+    rules: &[43],
+    attach: true,
+    scope: Scope::Session,
     question: well_formed,
+    ..Check::USUAL
 };
 
 /// The walk over one export.
 struct Walk<'a> {
-    session: Transmitting,
+    session: Transmission,
     info: &'a ExportInfo,
     context: u32,
     minimum: u64,

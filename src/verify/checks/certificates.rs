@@ -7,8 +7,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, SignatureScheme};
 use rustls_pki_types::DnsName;
 
-use super::check::{Check, Severity, Stop, Subject, broke};
-use crate::client::{ClientError, ProbeSession, Reason, Step, Target};
+use super::prelude::*;
 use crate::tls::{self, Authority, CertificateError, Leaf, Secret, Side};
 
 const SECTION: &str = "Certificates, authentication and authorisation";
@@ -17,50 +16,57 @@ const SECTION: &str = "Certificates, authentication and authorisation";
 pub(super) const ANONYMOUS_REFUSED: Check = Check {
     id: "anonymous-client-refused",
     title: "A client without a certificate is refused",
+    group: Group::Certificates,
     section: SECTION,
     severity: Severity::Security,
     why: "TLS would hide the data from the network, but let anyone on it read and write the volume.",
+    rules: &[27],
+    attach: true,
+    scope: Scope::Tls,
     question: anonymous_refused,
+    ..Check::USUAL
 };
 
 /// C27.
 pub(super) const FOREIGN_REFUSED: Check = Check {
     id: "foreign-client-refused",
     title: "A client with the right names from an unknown authority is refused",
+    group: Group::Certificates,
     section: SECTION,
     severity: Severity::Security,
     why: "Anyone could make the certificate that opens the volume.",
+    rules: &[27],
+    attach: true,
+    scope: Scope::Tls,
     question: foreign_refused,
+    ..Check::USUAL
 };
 
 fn anonymous_refused(subject: &Subject<'_>) -> Result<String, Stop> {
-    let target = subject.target();
-    let mut config = (*target.tls).clone();
+    let (identity, _) = subject.credentials()?;
+    let mut config = (*identity.any).clone();
     config.client_auth_cert_resolver = Arc::new(NoCertificate);
-    refused(Target {
-        tls: Arc::new(config),
-        ..target
-    })
+    refused(subject, Arc::new(config))
 }
 
 fn foreign_refused(subject: &Subject<'_>) -> Result<String, Stop> {
-    let target = subject.target();
-    let config = foreign(&target.tls)
+    let (identity, _) = subject.credentials()?;
+    let config = foreign(&identity.any)
         .map_err(|error| Stop::Inapplicable(format!("no certificate to try it with: {error}")))?;
-    refused(Target {
-        tls: Arc::new(config),
-        ..target
-    })
+    refused(subject, Arc::new(config))
 }
 
 /// In TLS 1.3 the client's handshake is over before the server has looked at its certificate: only the first answer
 /// tells.
-fn refused(target: Target) -> Result<String, Stop> {
-    let answer = ProbeSession::connect(&target)
-        .and_then(|mut probe| Ok((probe.info(&target.export)?, probe)));
+fn refused(subject: &Subject<'_>, config: Arc<ClientConfig>) -> Result<String, Stop> {
+    let (_, name) = subject.credentials()?;
+    let answer = subject
+        .plaintext()
+        .and_then(|session| session.upgrade(config, name, &[]))
+        .and_then(|mut session| Ok((session.info(subject.export())?, session)));
     match answer {
-        Ok((answer, probe)) => {
-            probe.abort();
+        Ok((answer, session)) => {
+            session.abort();
             let what = match answer {
                 Ok(info) => format!("told it about the export of {} bytes", info.size),
                 Err(refusal) => format!("answered its INFO ({refusal})"),
@@ -69,18 +75,20 @@ fn refused(target: Target) -> Result<String, Stop> {
                 "the server let the client in and {what}"
             )))
         }
-        Err(error) if is_refusal(&error) => Ok(error.reason.to_string()),
-        Err(error) if error.step == Step::Handshake && error.is_violation() => Err(broke(error)),
-        Err(error) => Err(error.into()),
+        Err(failure) if is_refusal(&failure) => Ok(failure.reason.to_string()),
+        Err(failure) if failure.step == Step::Handshake && failure.is_violation() => {
+            Err(broke(failure))
+        }
+        Err(failure) => Err(failure.into()),
     }
 }
 
 /// Whether the server turned a client away, as opposed to us turning away the server. Closing counts only once the
 /// certificate was sent: before that, it may have been for any reason.
-fn is_refusal(error: &ClientError) -> bool {
-    match *error.reason {
+fn is_refusal(failure: &Failure) -> bool {
+    match *failure.reason {
         Reason::Tls(rustls::Error::AlertReceived(_)) => true,
-        Reason::ClosedAfterHandshake => matches!(error.step, Step::Option(_)),
+        Reason::ClosedAfterHandshake => matches!(failure.step, Step::Option(_)),
         _ => false,
     }
 }

@@ -1,45 +1,60 @@
 //! Inside TLS, before anything else was negotiated: what the kernel's session will be.
 
-use super::check::{
-    Check, Severity, Stop, Subject, broke, one_block, require, require_no_contexts,
-    require_simple_read,
-};
-use crate::nbd::{OptionCode, ReplyCode};
+use super::prelude::*;
 
 /// C30, C31.
 pub(super) const SECOND_STARTTLS_REFUSED: Check = Check {
     id: "second-starttls-refused",
     title: "STARTTLS inside TLS gets ERR_INVALID, and the session goes on",
+    group: Group::Secured,
     section: "FORCEDTLS mode",
     severity: Severity::Interoperability,
     why: "A server that begins TLS twice, or breaks off, handles its own TLS state carelessly.",
+    rules: &[30, 31],
+    attach: true,
+    scope: Scope::Secured,
     question: second_starttls_refused,
+    ..Check::USUAL
 };
 
 /// C32, C42.
 pub(super) const BLOCK_STATUS_REFUSED: Check = Check {
     id: "block-status-needs-negotiation",
     title: "BLOCK_STATUS without a context negotiated inside TLS gets EINVAL",
+    group: Group::Secured,
     section: "Request types, NBD_CMD_BLOCK_STATUS",
     severity: Severity::Data,
     why: "Contexts that the client never asked for come from somewhere else: another session, or an attacker.",
+    rules: &[32, 42],
+    attach: true,
+    scope: Scope::Session,
     question: block_status_refused,
+    ..Check::USUAL
 };
 
 /// C47, K1.
 pub(super) const READ_SIMPLE: Check = Check {
     id: "read-stays-simple",
     title: "READ without structured replies is answered with a simple reply",
+    group: Group::Secured,
     section: "Simple reply message",
     severity: Severity::Data,
     why: "The kernel's nbd driver understands simple replies only, and fails the device at any other.",
+    rules: &[47],
+    attach: true,
+    scope: Scope::Session,
     question: read_simple,
+    ..Check::USUAL
 };
 
 fn second_starttls_refused(subject: &Subject<'_>) -> Result<String, Stop> {
     let (mut probe, _) = subject.admitted()?;
-    match probe.other(OptionCode::STARTTLS, &[]).map_err(broke)? {
-        Ok(()) => return Err(Stop::Finding("STARTTLS inside TLS was accepted".into())),
+    match probe
+        .ask(OptionCode::STARTTLS, &[])
+        .map_err(broke)?
+        .accepted()
+    {
+        Ok(_) => return Err(Stop::Finding("STARTTLS inside TLS was accepted".into())),
         Err(refusal) => require(refusal.code == ReplyCode::ERR_INVALID, || {
             format!("STARTTLS inside TLS: {refusal}, not with ERR_INVALID")
         })?,

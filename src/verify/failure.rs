@@ -1,0 +1,93 @@
+//! A session that did not go as it should, and whose fault that is.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::client::{Reason, Step};
+
+/// A session that failed: where, and why.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub(super) step: Step,
+    pub(super) reason: Box<Reason>,
+}
+
+impl Failure {
+    pub(super) fn new(step: Step, reason: impl Into<Reason>) -> Self {
+        Self {
+            step,
+            reason: Box::new(reason.into()),
+        }
+    }
+
+    /// Puts a reason where it belongs.
+    pub(super) fn at<R: Into<Reason>>(step: Step) -> impl Fn(R) -> Self {
+        move |reason| Self::new(step, reason)
+    }
+
+    /// Whether the server broke the protocol, or kept us waiting: neither a refusal nor a fault of the network or
+    /// of our own certificate explains it.
+    pub(super) fn is_violation(&self) -> bool {
+        match *self.reason {
+            Reason::TimedOut(_) => self.step != Step::Connect,
+            Reason::Tls(ref error) => matches!(
+                error,
+                rustls::Error::InvalidMessage(_)
+                    | rustls::Error::PeerMisbehaved(_)
+                    | rustls::Error::InappropriateMessage { .. }
+                    | rustls::Error::InappropriateHandshakeMessage { .. }
+                    | rustls::Error::DecryptError
+                    | rustls::Error::PeerSentOversizedRecord
+            ),
+            Reason::NotTls(_)
+            | Reason::Fault(_)
+            | Reason::Malformed(_)
+            | Reason::TooLong { .. }
+            | Reason::Surplus(_) => true,
+            _ => false,
+        }
+    }
+
+    /// Whether the connection is simply over.
+    pub(super) fn is_end(&self) -> bool {
+        matches!(
+            *self.reason,
+            Reason::Closed
+                | Reason::ClosedAfterHandshake
+                | Reason::Io(_)
+                | Reason::Tls(rustls::Error::AlertReceived(_))
+        )
+    }
+
+    pub(super) fn is_timeout(&self) -> bool {
+        matches!(*self.reason, Reason::TimedOut(_))
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.step, self.reason)
+    }
+}
+
+/// A way to end a run early, from another thread.
+#[derive(Debug, Clone, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sessions end within a moment; checks that had no answer yet are reported as not run.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
