@@ -7,6 +7,7 @@ pub mod client;
 pub mod csi;
 pub mod demo;
 pub mod filesystem;
+pub mod kube;
 pub mod nbd;
 pub mod proto;
 pub mod server;

@@ -31,6 +31,7 @@ enum Role {
     Serve(hawser::server::Args),
     Standalone(hawser::standalone::Args),
     Demo(hawser::demo::Args),
+    Manifests(hawser::kube::manifests::Args),
 }
 
 /// Exit status of a command line that makes no sense, as in sysexits.h.
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         Role::Serve(args) => hawser::server::run(args),
         Role::Standalone(args) => hawser::standalone::run(args),
         Role::Demo(args) => hawser::demo::run(&args),
+        Role::Manifests(args) => hawser::kube::manifests::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("hawser: {error:#}");

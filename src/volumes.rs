@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How long a volume id is: `vol-` and 32 hex digits, a valid DNS label.
@@ -108,7 +109,7 @@ hex_name!(VolumeId, "vol-", "volume id");
 hex_name!(AttachmentId, "att-", "attachment id");
 
 /// What a volume holds, settled when it is created.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Content {
     /// A file system that Hawser makes at the first stage and never again.
@@ -118,7 +119,7 @@ pub enum Content {
 }
 
 /// How many consumers may use a volume at one time, as CSI's access modes say it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum AccessMode {
     SingleNodeWriter,

@@ -1,0 +1,71 @@
+//! Server-side apply, with one owner a field.
+
+use std::fmt::Debug;
+
+use kube::api::{Patch, PatchParams};
+use kube::{Api, Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+
+/// Applies `manager`'s part of the status of `object`: what it applied before and leaves out now goes away.
+///
+/// Only fields that the manager owns may be in `status`. It fails with a conflict when an object of that name is
+/// another one by now (its uid differs).
+pub async fn apply_status<K>(
+    api: &Api<K>,
+    object: &K,
+    manager: &str,
+    status: &(impl Serialize + ?Sized),
+) -> kube::Result<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned,
+{
+    let name = object.name_any();
+    let patch = json!({
+        "apiVersion": K::api_version(&()),
+        "kind": K::kind(&()),
+        "metadata": { "name": name, "uid": object.uid() },
+        "status": status,
+    });
+    let params = PatchParams::apply(manager).force();
+    api.patch_status(&name, &params, &Patch::Apply(patch)).await
+}
+
+/// Applies a whole object as `manager`: fields of others stay.
+pub async fn apply<K>(api: &Api<K>, manager: &str, object: &K) -> kube::Result<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Serialize,
+{
+    let params = PatchParams::apply(manager).force();
+    let patch = json_object(object)?;
+    api.patch(&object.name_any(), &params, &Patch::Apply(patch))
+        .await
+}
+
+/// An object as JSON with its `apiVersion` and `kind`.
+fn json_object<K>(object: &K) -> kube::Result<serde_json::Value>
+where
+    K: Resource<DynamicType = ()> + Serialize,
+{
+    let mut value = serde_json::to_value(object).map_err(kube::Error::SerdeError)?;
+    value["apiVersion"] = K::api_version(&()).into();
+    value["kind"] = K::kind(&()).into();
+    Ok(value)
+}
+
+/// Whether the API server says that there is no such object.
+#[must_use]
+pub fn is_not_found(error: &kube::Error) -> bool {
+    has_code(error, 404)
+}
+
+/// Whether somebody else changed or made the object first.
+#[must_use]
+pub fn is_conflict(error: &kube::Error) -> bool {
+    has_code(error, 409)
+}
+
+fn has_code(error: &kube::Error, code: u16) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == code)
+}

@@ -1,0 +1,8 @@
+//! Hawser in a Kubernetes cluster: the API objects, and the roles that meet in them.
+//!
+//! `api` has the objects and says who writes which of their fields. Roles never speak to each other: each watches the
+//! objects and writes its own fields, so that any of them may be away for a while.
+
+pub mod api;
+pub mod apply;
+pub mod manifests;
