@@ -5,6 +5,7 @@
 pub mod attach;
 pub mod client;
 pub mod csi;
+pub mod daemon;
 pub mod demo;
 pub mod filesystem;
 pub mod kube;

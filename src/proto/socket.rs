@@ -2,14 +2,34 @@
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::time::{Instant, sleep};
 use tonic::transport::{Channel, Endpoint};
 
 /// The longest path of a socket, in bytes: sun_path has 108 with its NUL.
 pub const LONGEST_PATH: usize = 107;
+
+/// How long the socket of an owner that was just killed may take to go, and how often it is asked for.
+const LET_GO: Duration = Duration::from_secs(1);
+const ASK_AGAIN: Duration = Duration::from_millis(20);
+
+/// Listens as [`bind`] does. An owner that was just killed may seem to listen still, through a process that it was
+/// starting at that moment; it is waited for.
+pub async fn listen(path: &Path) -> io::Result<UnixListener> {
+    let deadline = Instant::now() + LET_GO;
+    loop {
+        match bind(path) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                sleep(ASK_AGAIN).await;
+            }
+            bound => return bound,
+        }
+    }
+}
 
 /// Listens on a socket of mode 0600. A socket that nobody answers on is a dead process' and is replaced; one that is
 /// answered is in use.
@@ -42,10 +62,12 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
-    // Bound beside and renamed: nobody can connect before the mode is set.
-    let mut beside = path.as_os_str().to_owned();
-    beside.push("~");
-    let beside = PathBuf::from(beside);
+    // Bound beside and renamed: nobody can connect before the mode is set. The kubelet takes every socket in its
+    // registry for a plugin, unless the name begins with a dot.
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidFilename.into());
+    };
+    let beside = directory.join(format!(".{}", name.display()));
     match std::fs::remove_file(&beside) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}

@@ -221,7 +221,7 @@ fn make_directory(path: &Path) -> Result<(), OpenError> {
 /// The longest path of a socket, and one byte more while it is being made, must fit.
 fn check_length(state: &Path, servers: &Path) -> Result<(), OpenError> {
     let volume = VolumeId::from_bytes([0; 16]);
-    let longest = servers.join(volume.as_str()).join("control~");
+    let longest = servers.join(volume.as_str()).join(".control");
     match longest.as_os_str().len().checked_sub(LONGEST_PATH) {
         None | Some(0) => Ok(()),
         Some(excess) => Err(OpenError::TooLong {
