@@ -2,8 +2,10 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
-    tonic_prost_build::configure()
-        .compile_fds(protox::compile(["proto/control.proto"], ["proto"])?)?;
+    tonic_prost_build::configure().compile_fds(protox::compile(
+        ["proto/control.proto", "proto/pluginregistration.proto"],
+        ["proto"],
+    )?)?;
 
     let csi = protox::compile(["proto/csi.proto"], ["proto"])?;
     // A message that carries secrets has no Debug, so that no log line can print one by accident.

@@ -10,6 +10,7 @@ pub mod demo;
 pub mod filesystem;
 pub mod kube;
 pub mod nbd;
+pub mod node;
 pub mod proto;
 pub mod server;
 pub mod standalone;

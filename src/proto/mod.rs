@@ -29,3 +29,8 @@ generated! {
     /// The Container Storage Interface 1.13.
     csi = "csi.v1"
 }
+
+generated! {
+    /// The kubelet's registration of plugins.
+    pluginregistration = "pluginregistration"
+}

@@ -1,4 +1,5 @@
-//! `proto/csi.proto` is written anew; these tests prove it equal, on the wire, to what the specification published.
+//! `proto/csi.proto` and `proto/pluginregistration.proto` are written anew; these tests prove them equal, on the wire, to
+//! what was published.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -10,12 +11,42 @@ use protox::prost_reflect::{
     MessageDescriptor, ServiceDescriptor,
 };
 
-const MODULE: &str = "github.com/container-storage-interface/spec";
-const VERSION: &str = "v1.13.0";
-const PACKAGE: &str = "csi.v1";
+/// A definition that is published in a Go module.
+struct Published {
+    module: &'static str,
+    version: &'static str,
+    /// Where in the module, and what the file is called there.
+    directory: &'static str,
+    file: &'static str,
+    package: &'static str,
+    /// The file of ours.
+    ours: &'static str,
+    /// How many services and methods it has, so that an empty comparison cannot pass.
+    size: (usize, usize),
+}
 
-/// The directory of the published module, from Go's module cache or its proxy.
-fn published() -> Result<PathBuf> {
+const CSI: Published = Published {
+    module: "github.com/container-storage-interface/spec",
+    version: "v1.13.0",
+    directory: "",
+    file: "csi.proto",
+    package: "csi.v1",
+    ours: "csi.proto",
+    size: (5, 36),
+};
+
+const REGISTRATION: Published = Published {
+    module: "k8s.io/kubelet",
+    version: "v0.37.2",
+    directory: "pkg/apis/pluginregistration/v1",
+    file: "api.proto",
+    package: "pluginregistration",
+    ours: "pluginregistration.proto",
+    size: (1, 2),
+};
+
+/// The directory of a published module, from Go's module cache or its proxy.
+fn fetch(module: &str, version: &str) -> Result<PathBuf> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "PascalCase")]
     struct Download {
@@ -25,7 +56,7 @@ fn published() -> Result<PathBuf> {
 
     let output = Command::new("go")
         .args(["mod", "download", "-json"])
-        .arg(format!("{MODULE}@{VERSION}"))
+        .arg(format!("{module}@{version}"))
         .current_dir(std::env::temp_dir())
         .output()
         .context("go is needed to fetch the published definition: install golang-go")?;
@@ -33,7 +64,7 @@ fn published() -> Result<PathBuf> {
         .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
     match download {
         Download { dir: Some(dir), .. } => Ok(dir),
-        Download { error, .. } => bail!("{MODULE}@{VERSION} cannot be fetched: {error:?}"),
+        Download { error, .. } => bail!("{module}@{version} cannot be fetched: {error:?}"),
     }
 }
 
@@ -41,33 +72,33 @@ fn ours() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("proto")
 }
 
-/// Every fact about `csi.proto` in `directory` that shows on the wire, in JSON or in options: one line each.
-fn facts(directory: &Path) -> Result<BTreeSet<String>> {
+/// Every fact about the definition in `directory` that shows on the wire, in JSON or in options: one line each.
+fn facts(directory: &Path, file: &str, package: &str) -> Result<BTreeSet<String>> {
     let pool = protox::Compiler::new([directory])?
         .include_imports(true)
-        .open_file("csi.proto")?
+        .open_file(file)?
         .descriptor_pool();
-    Ok(facts_of(&pool))
+    Ok(facts_of(&pool, package))
 }
 
-fn facts_of(pool: &DescriptorPool) -> BTreeSet<String> {
+fn facts_of(pool: &DescriptorPool, package: &str) -> BTreeSet<String> {
     let mut facts = BTreeSet::new();
-    for message in pool.all_messages().filter(|m| m.package_name() == PACKAGE) {
+    for message in pool.all_messages().filter(|m| m.package_name() == package) {
         facts.extend(message_facts(&message));
     }
-    for enumeration in pool.all_enums().filter(|e| e.package_name() == PACKAGE) {
+    for enumeration in pool.all_enums().filter(|e| e.package_name() == package) {
         facts.extend(enum_facts(&enumeration));
     }
-    for service in pool.services().filter(|s| s.package_name() == PACKAGE) {
+    for service in pool.services().filter(|s| s.package_name() == package) {
         facts.extend(service_facts(&service));
     }
     for extension in pool
         .all_extensions()
-        .filter(|e| e.package_name() == PACKAGE)
+        .filter(|e| e.package_name() == package)
     {
         facts.insert(extension_fact(&extension));
     }
-    for file in pool.files().filter(|f| f.package_name() == PACKAGE) {
+    for file in pool.files().filter(|f| f.package_name() == package) {
         facts.insert(format!(
             "file syntax={:?}{}",
             file.syntax(),
@@ -173,24 +204,36 @@ fn options(message: &DynamicMessage) -> String {
     set.concat()
 }
 
-#[test]
-fn our_definition_is_the_published_one() -> Result<()> {
-    let (ours, published) = (facts(&ours())?, facts(&published()?)?);
+fn check(definition: &Published) -> Result<()> {
+    let Published { file, package, .. } = *definition;
+    let directory = fetch(definition.module, definition.version)?.join(definition.directory);
+    let published = facts(&directory, file, package)?;
+    let ours = facts(&ours(), definition.ours, package)?;
     let missing: Vec<_> = published.difference(&ours).collect();
     let surplus: Vec<_> = ours.difference(&published).collect();
     assert!(
         missing.is_empty() && surplus.is_empty(),
         "published, but not ours: {missing:#?}\nours, but not published: {surplus:#?}"
     );
-    // The size of the published definition, so that an empty comparison cannot pass.
     let count = |kind: &str| ours.iter().filter(|fact| fact.starts_with(kind)).count();
-    assert_eq!((count("service "), count("method ")), (5, 36));
+    assert_eq!((count("service "), count("method ")), definition.size);
     Ok(())
+}
+
+#[test]
+fn our_csi_is_the_published_one() -> Result<()> {
+    check(&CSI)
+}
+
+#[test]
+fn our_registration_is_the_published_one() -> Result<()> {
+    check(&REGISTRATION)
 }
 
 #[test]
 fn a_changed_definition_is_noticed() -> Result<()> {
     let text = std::fs::read_to_string(ours().join("csi.proto"))?;
+    let facts = |directory: &Path| facts(directory, CSI.ours, CSI.package);
     let original = facts(&ours())?;
     for (from, to) in [
         (

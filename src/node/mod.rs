@@ -1,0 +1,3 @@
+//! `hawser node`: the plugin on every node of a cluster.
+
+mod registration;
