@@ -56,6 +56,18 @@ pub fn node_name(text: &str) -> Result<String, String> {
     }
 }
 
+/// An error and everything behind it, on one line.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
 /// A volume takes some open files, and login sessions often start with 1024.
 pub fn allow_many_files() {
     let mut limit = getrlimit(Resource::Nofile);
@@ -117,7 +129,7 @@ async fn too_long(answered: tokio::sync::oneshot::Receiver<()>) {
     }
 }
 
-/// Answers `GET /healthz` with 200, or with 503 and what is wrong, for as long as it is polled.
+/// Answers `GET /healthz` and `/readyz` with 200, or with 503 and what is wrong, for as long as it is polled.
 pub async fn serve_health<C, F>(address: SocketAddr, check: C) -> std::io::Result<()>
 where
     C: Fn() -> F + Clone + Send + Sync + 'static,
@@ -139,7 +151,9 @@ where
             Err(problem) => (StatusCode::SERVICE_UNAVAILABLE, format!("{problem}\n")),
         }
     };
-    Router::new().route("/healthz", get(answer))
+    Router::new()
+        .route("/healthz", get(answer.clone()))
+        .route("/readyz", get(answer))
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 
 pub mod attach;
 pub mod client;
+pub mod control;
 pub mod csi;
 pub mod daemon;
 pub mod demo;

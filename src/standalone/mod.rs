@@ -2,7 +2,6 @@
 
 mod admission;
 mod command;
-mod control;
 mod installation;
 mod process;
 mod recover;
@@ -13,14 +12,3 @@ mod site;
 pub use self::command::{Args, run};
 pub use self::installation::{Installation, Settings};
 pub use self::recover::OpenError;
-
-/// An error and everything behind it, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
-}

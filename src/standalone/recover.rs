@@ -16,11 +16,11 @@ use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
+use crate::daemon::chain;
 use crate::proto::socket::LONGEST_PATH;
 use crate::storage::{self, Pool, StorageError};
 use crate::volumes::VolumeId;
 
-use super::chain;
 use super::installation::{Inner, Installation, Settings};
 use super::secrets::{Secrets, SecretsError};
 use super::server::Server;

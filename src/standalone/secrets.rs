@@ -17,7 +17,7 @@ use crate::tls::{
 };
 use crate::volumes::{VolumeId, VolumesError};
 
-use super::chain;
+use crate::daemon::chain;
 
 /// A leaf is renewed when less than this is left of it, in seconds: a third of its 90 days.
 const RENEW_BEFORE: i64 = 30 * 24 * 60 * 60;

@@ -18,11 +18,11 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::control::{Control, ControlError, Description};
+use crate::daemon::chain;
 use crate::storage::Record;
 use crate::volumes::{Attachment, VolumesError};
 
-use super::chain;
-use super::control::{Control, ControlError, Description};
 use super::process::{self, Process};
 use super::site::{ServerError, Site};
 
@@ -110,7 +110,7 @@ impl Server {
     pub(super) async fn allow(&self, attachment: &Attachment) -> Result<(), VolumesError> {
         self.ask("its server did not allow the attachment", |control| {
             let attachment = attachment.clone();
-            async move { control.allow(&attachment).await }
+            async move { control.allow(&attachment.id, attachment.read_only).await }
         })
         .await
     }
@@ -320,7 +320,7 @@ impl Server {
             control.revoke(id).await?;
         }
         for attachment in attachments {
-            control.allow(attachment).await?;
+            control.allow(&attachment.id, attachment.read_only).await?;
         }
         if found.size_bytes < record.volume.size_bytes {
             control.grow(record.volume.size_bytes).await?;

@@ -1,22 +1,20 @@
 //! One volume's place on this machine: its directories, its lock, and what its next server will allow.
 
-use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, DirBuilder};
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use serde_json::json;
 use tokio::sync::Semaphore;
 
-use crate::storage::{self, Pool, StorageError};
+use crate::control::ControlError;
+use crate::storage::{Pool, StorageError, Vacancy};
 use crate::tls::Side;
 use crate::volumes::VolumeId;
 
-use super::control::ControlError;
 use super::process;
 use super::secrets::{Secrets, SecretsError};
 
@@ -70,18 +68,6 @@ impl ServerError {
             path,
             source,
         }
-    }
-}
-
-/// Proof that no server of the volume is alive, for as long as it is held.
-///
-/// It is unlocked by name, not only closed: a process that is being started at this moment has a copy of every open
-/// file until it executes its program, and would hold the lock for that long.
-pub(super) struct Vacancy(File);
-
-impl Drop for Vacancy {
-    fn drop(&mut self) {
-        let _ = self.0.unlock();
     }
 }
 
@@ -151,40 +137,23 @@ impl Site {
     }
 
     /// Makes the next server allow what the record does, and nothing else; `Held` while a server is alive.
-    ///
-    /// This is the server's own file, in the form that docs/design/contracts.md gives.
     pub(super) fn settle_allowed(&self) -> Result<(), ServerError> {
-        let _vacancy = self.vacate()?;
+        let vacancy = self.vacate()?;
         let record = self.ground.pool.find(&self.volume)?;
-        let allowed: BTreeMap<_, _> = record
-            .volume
-            .attachments
-            .iter()
-            .map(|one| (&one.id, json!({ "read_only": one.read_only })))
-            .collect();
-        let json = json!({ "attachments": allowed }).to_string();
-        storage::rewrite(&self.data().join("attachments.json"), json.as_bytes())
+        let attachments = record.volume.attachments.iter();
+        vacancy
+            .allow_only(attachments.map(|one| (&one.id, one.read_only)))
             .map_err(ServerError::io("write attachments.json in", &self.data()))
     }
 
     /// Succeeds when no server is alive.
     pub(super) fn vacate(&self) -> Result<Vacancy, ServerError> {
-        let lock = self.data().join("lock");
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&lock)
-            .map_err(ServerError::io("open", &lock))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Vacancy(file)),
-            Err(TryLockError::WouldBlock) => Err(ServerError::Held {
-                holder: process::lock_holder(&file),
-                lock,
-            }),
-            Err(TryLockError::Error(error)) => Err(ServerError::io("lock", &lock)(error)),
-        }
+        let directory = self.data();
+        let vacancy = Vacancy::of(&directory).map_err(ServerError::io("lock", &directory))?;
+        vacancy.map_err(|held| ServerError::Held {
+            holder: process::lock_holder(&held.file),
+            lock: held.lock,
+        })
     }
 
     /// Does what may block where that may be done.

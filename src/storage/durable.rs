@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 /// Puts `bytes` in place of the file at `path`, in one step and durably. The file has mode 0600.
@@ -56,6 +56,8 @@ fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
         .create(true)
         .truncate(false)
         .mode(0o600)
+        // A volume's directory may belong to its server: whoever writes there must not be led elsewhere.
+        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
         .open(path)?;
     file.write_all(bytes)?;
     file.set_len(bytes.len() as u64)?;

@@ -8,11 +8,13 @@
 mod durable;
 mod lock;
 mod overcommit;
+mod owner;
 mod pool;
 mod record;
 pub mod size;
 #[cfg(test)]
 mod tests;
+mod vacancy;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,9 +22,11 @@ use std::path::{Path, PathBuf};
 pub use self::durable::{replace, rewrite};
 pub use self::lock::own;
 pub use self::overcommit::Overcommit;
+pub use self::owner::give;
 pub use self::pool::Pool;
 pub use self::record::Record;
 pub use self::size::SizeError;
+pub use self::vacancy::{Held, Vacancy};
 
 use crate::volumes::{VolumeId, VolumesError};
 

@@ -12,6 +12,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::fs::OFlags;
+
 use crate::volumes::{Capacity, Volume, VolumeId};
 
 use super::size::{GRANULE, MAXIMUM};
@@ -482,6 +484,7 @@ fn grow_data(directory: &Path, id: &VolumeId, size: u64) -> Result<(), StorageEr
     let failed = || StorageError::io("open", &path);
     let file = OpenOptions::new()
         .write(true)
+        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
         .open(&path)
         .map_err(failed())?;
     if file.metadata().map_err(failed())?.len() > size {

@@ -1,4 +1,4 @@
-//! The control socket of one server, with a deadline on every call.
+//! The owner's end of a server's control socket, with a deadline on every call. `server` has the other end.
 
 use std::future::Future;
 use std::io;
@@ -15,7 +15,7 @@ use crate::proto::control::{
     AllowRequest, DrainRequest, GrowRequest, RevokeRequest, StatisticsRequest, StatisticsResponse,
 };
 use crate::proto::socket;
-use crate::volumes::{Attachment, AttachmentId, VolumeId};
+use crate::volumes::{AttachmentId, VolumeId};
 
 /// A server answers these from memory, or after one small durable write.
 const PROMPT: Duration = Duration::from_secs(10);
@@ -25,7 +25,7 @@ const PATIENT: Duration = Duration::from_secs(60);
 
 /// Why a server did not do what it was told.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ControlError {
+pub enum ControlError {
     #[error("nobody answers on the control socket")]
     Absent,
     #[error("cannot connect to the control socket")]
@@ -43,7 +43,7 @@ pub(super) enum ControlError {
 
 impl ControlError {
     /// Whether the server was not there, or ended before it answered: the next one may do it.
-    pub(super) fn is_absence(&self) -> bool {
+    pub fn is_absence(&self) -> bool {
         match self {
             Self::Absent | Self::Connect(_) => true,
             Self::Refused { status, .. } => {
@@ -59,22 +59,23 @@ impl ControlError {
 
 /// What a running server says of itself.
 #[derive(Debug)]
-pub(super) struct Description {
-    pub(super) address: SocketAddr,
-    pub(super) process: i32,
-    pub(super) size_bytes: u64,
-    pub(super) allowed: Vec<AttachmentId>,
+pub struct Description {
+    pub address: SocketAddr,
+    pub process: i32,
+    pub size_bytes: u64,
+    pub epoch: u64,
+    pub allowed: Vec<AttachmentId>,
 }
 
 /// A connection to a server. Cheap to clone.
 #[derive(Debug, Clone)]
-pub(super) struct Control {
+pub struct Control {
     client: ControlClient<Channel>,
 }
 
 impl Control {
     /// Connects; `Absent` where no process listens.
-    pub(super) async fn connect(path: &Path) -> Result<Self, ControlError> {
+    pub async fn connect(path: &Path) -> Result<Self, ControlError> {
         match UnixStream::connect(path).await {
             Ok(_) => {}
             Err(error)
@@ -100,7 +101,7 @@ impl Control {
     }
 
     /// Asks the server what it is; refuses one that serves another volume.
-    pub(super) async fn describe(&self, volume: &VolumeId) -> Result<Description, ControlError> {
+    pub async fn describe(&self, volume: &VolumeId) -> Result<Description, ControlError> {
         let mut client = self.client.clone();
         let statistics = within(
             PROMPT,
@@ -110,16 +111,20 @@ impl Control {
         parse(statistics.await?, volume)
     }
 
-    pub(super) async fn allow(&self, attachment: &Attachment) -> Result<(), ControlError> {
+    pub async fn allow(
+        &self,
+        attachment: &AttachmentId,
+        read_only: bool,
+    ) -> Result<(), ControlError> {
         let request = AllowRequest {
-            attachment: attachment.id.to_string(),
-            read_only: attachment.read_only,
+            attachment: attachment.to_string(),
+            read_only,
         };
         within(PROMPT, "Allow", self.client.clone().allow(request)).await?;
         Ok(())
     }
 
-    pub(super) async fn revoke(&self, attachment: &AttachmentId) -> Result<(), ControlError> {
+    pub async fn revoke(&self, attachment: &AttachmentId) -> Result<(), ControlError> {
         let request = RevokeRequest {
             attachment: attachment.to_string(),
         };
@@ -127,14 +132,14 @@ impl Control {
         Ok(())
     }
 
-    pub(super) async fn grow(&self, size_bytes: u64) -> Result<(), ControlError> {
+    pub async fn grow(&self, size_bytes: u64) -> Result<(), ControlError> {
         let request = GrowRequest { size_bytes };
         within(PROMPT, "Grow", self.client.clone().grow(request)).await?;
         Ok(())
     }
 
     /// Returns when the data is durable; the process ends after that.
-    pub(super) async fn drain(&self) -> Result<(), ControlError> {
+    pub async fn drain(&self) -> Result<(), ControlError> {
         within(PATIENT, "Drain", self.client.clone().drain(DrainRequest {})).await?;
         Ok(())
     }
@@ -169,6 +174,7 @@ fn parse(answer: StatisticsResponse, volume: &VolumeId) -> Result<Description, C
             .filter(|id| *id > 0)
             .ok_or_else(|| unusable(format!("a server of process {}", answer.process_id)))?,
         size_bytes: answer.size_bytes,
+        epoch: answer.epoch,
         // A name that is no attachment id was never allowed from here.
         allowed: answer
             .attachments
