@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 
+use rustls::crypto::aws_lc_rs::cipher_suite;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -107,6 +108,41 @@ macro_rules! hex_name {
 
 hex_name!(VolumeId, "vol-", "volume id");
 hex_name!(AttachmentId, "att-", "attachment id");
+
+impl VolumeId {
+    /// The id, on this installation alone, of what an orchestrator calls `handle` and Hawser did not make: an export of
+    /// a server of somebody else's. No id of a volume that Hawser made is the same.
+    #[must_use]
+    pub fn foreign(handle: &str) -> Self {
+        Self::from_bytes(digest(&["foreign volume", handle]))
+    }
+
+    /// The id of whatever an orchestrator calls so.
+    #[must_use]
+    pub fn of_handle(handle: &str) -> Self {
+        handle.parse().unwrap_or_else(|_| Self::foreign(handle))
+    }
+}
+
+impl AttachmentId {
+    /// The one attachment of a foreign volume to a node where nobody keeps a record of attachments.
+    #[must_use]
+    pub fn unrecorded(handle: &str, node: &str) -> Self {
+        Self::from_bytes(digest(&["foreign attachment", handle, node]))
+    }
+}
+
+/// The first half of the SHA-256 of `parts`, none of which has a zero byte.
+fn digest(parts: &[&str]) -> [u8; 16] {
+    // rustls names its hash functions by the cipher suites that use them.
+    let suite = cipher_suite::TLS13_CHACHA20_POLY1305_SHA256.tls13();
+    let mut bytes = [0; 16];
+    if let Some(suite) = suite {
+        let hash = suite.common.hash_provider.hash(parts.join("\0").as_bytes());
+        bytes.copy_from_slice(&hash.as_ref()[..16]);
+    }
+    bytes
+}
 
 /// What a volume holds, settled when it is created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -291,6 +327,31 @@ pub trait Volumes: Send + Sync + 'static {
 
     /// Room for new volumes.
     async fn capacity(&self) -> Result<Capacity, VolumesError>;
+
+    /// Records that `node` uses an export that Hawser neither made nor serves, and that one node alone does unless all
+    /// only read. Nobody tells the server: it keeps no other client away.
+    ///
+    /// Where the orchestrator itself records attachments, as Kubernetes does, there is no need for a record here.
+    async fn attach_foreign(
+        &self,
+        handle: &str,
+        node: &str,
+        mode: AccessMode,
+        read_only: bool,
+    ) -> Result<Attachment, VolumesError> {
+        Ok(Attachment {
+            id: AttachmentId::unrecorded(handle, node),
+            node: node.to_owned(),
+            read_only: read_only || mode.is_read_only(),
+            mode,
+        })
+    }
+
+    /// Forgets that `node`, or every node, uses a foreign volume. Nothing is revoked: there is nobody to ask.
+    async fn detach_foreign(&self, handle: &str, node: Option<&str>) -> Result<(), VolumesError> {
+        let _ = (handle, node);
+        Ok(())
+    }
 }
 
 /// What a node may ask and say about the volumes it was given: nothing else, so that a node that is taken over
@@ -329,5 +390,19 @@ mod tests {
             assert!(bad.parse::<VolumeId>().is_err(), "{bad}");
         }
         assert!(id.as_str().parse::<AttachmentId>().is_err());
+    }
+
+    #[test]
+    fn a_foreign_handle_has_an_id_of_its_own() {
+        let own = VolumeId::from_bytes([1; 16]);
+        assert_eq!(VolumeId::of_handle(own.as_str()), own);
+        let foreign = VolumeId::of_handle("legacy-disk");
+        assert_eq!(foreign, VolumeId::foreign("legacy-disk"));
+        // printf 'foreign volume\0legacy-disk' | sha256sum
+        assert_eq!(foreign.as_str(), "vol-0c11ec0a05008ec1a3547685bf3e438e");
+        assert_ne!(foreign, VolumeId::foreign("legacy-disk2"));
+        let on = |node| AttachmentId::unrecorded("legacy-disk", node);
+        assert_eq!(on("a"), on("a"));
+        assert_ne!(on("a"), on("b"));
     }
 }

@@ -8,12 +8,12 @@ use super::error::AttachError;
 use super::kernel::{DeviceSocket, Driver};
 use super::netlink::Connect;
 use super::record::Record;
-use super::session::{Export, Session, offered, open_all, target};
+use super::session::{Export, Peer, Session, offered, open_all};
 use super::system::detached;
 use super::{Device, Inner, Options, Request, Transport, blocking, modules};
 use crate::client::Target;
 use crate::nbd::TransmissionFlags;
-use crate::tls::Profile;
+use crate::tls::{Profile, Secret};
 use crate::verify;
 
 /// Devtmpfs makes a node at once; a container's `/dev` may take a moment.
@@ -24,33 +24,44 @@ const MOST_CONNECTIONS: u8 = 16;
 
 impl Inner {
     pub(super) async fn attach(self: Arc<Self>, request: Request) -> Result<Device, AttachError> {
-        let backend = Backend {
-            volume: request.volume.clone(),
-            attachment: request.attachment.clone(),
+        let peer = Peer {
+            backend: Backend {
+                volume: request.volume.clone(),
+                attachment: request.attachment.clone(),
+            },
+            foreign: request.foreign.clone(),
         };
         let _lock = self.lock(&request.volume).await;
         self.clone().listen().await?;
         let inner = self.clone();
-        let (wanted, read_only) = (backend.clone(), request.read_only);
-        if let Some(device) = blocking(move || inner.existing(&wanted, read_only)).await? {
-            self.watch(&backend, device.index);
+        let wanted = (peer.clone(), request.read_only, request.secret.clone());
+        let existing = blocking(move || {
+            let (peer, read_only, secret) = wanted;
+            let device = inner.existing(&peer, read_only)?;
+            if device.is_some() && peer.foreign.is_some() {
+                inner.secrets.keep(peer.volume(), &secret)?;
+            }
+            Ok(device)
+        });
+        if let Some(device) = existing.await? {
+            self.watch(&peer.backend, device.index);
             return Ok(device);
         }
-        let device = self.clone().connect(&backend, request).await?;
-        self.watch(&backend, device.index);
+        let device = self.clone().connect(&peer, request).await?;
+        self.watch(&peer.backend, device.index);
         Ok(device)
     }
 
     /// The device that this attachment has already. What an interrupted attach or detach left is cleared away.
-    fn existing(&self, wanted: &Backend, read_only: bool) -> Result<Option<Device>, AttachError> {
-        let volume = &wanted.volume;
+    fn existing(&self, wanted: &Peer, read_only: bool) -> Result<Option<Device>, AttachError> {
+        let volume = wanted.volume();
         let Some((index, backend)) = self.device_of(volume)? else {
             self.forget(volume)?;
             return Ok(None);
         };
         let device = self.system.path(index);
         let mut driver = modules::driver()?;
-        if backend != *wanted {
+        if backend != wanted.backend {
             self.displace(&mut driver, index, &backend)?;
             return Ok(None);
         }
@@ -62,6 +73,15 @@ impl Inner {
                 problem: record
                     .and_then(|record| record.failed)
                     .unwrap_or_else(|| "some process has it open".into()),
+            });
+        }
+        if self.record_for(index, &backend)?.foreign != wanted.foreign {
+            return Err(AttachError::Unsuitable {
+                volume: volume.clone(),
+                problem: format!(
+                    "{} is of another export than the one that is asked for now; unstage it first",
+                    device.display()
+                ),
             });
         }
         let device = self.describe(index, &backend)?;
@@ -105,7 +125,7 @@ impl Inner {
 
     async fn connect(
         self: Arc<Self>,
-        backend: &Backend,
+        peer: &Peer,
         request: Request,
     ) -> Result<Device, AttachError> {
         let volume = &request.volume;
@@ -113,23 +133,17 @@ impl Inner {
         let inner = self.clone();
         let transport =
             blocking(move || modules::transport(&inner.system, inner.config.proxy_allowed)).await?;
-        let address =
-            self.volumes
-                .endpoint(volume)
-                .await
-                .map_err(|source| AttachError::Endpoint {
-                    volume: volume.clone(),
-                    source,
-                })?;
-        let report = self.verify(backend, address, &request).await?;
+        let address = self.address(peer).await?;
+        let report = self.verify(peer, address, &request).await?;
         let verified = start.elapsed();
 
-        let target = target(backend, address, &request.secret, transport.profile())?;
-        let (sessions, export) = sessions(&target, transport, backend, &request.options).await?;
+        let target = peer.target(address, &request.secret, transport.profile())?;
+        let (sessions, export) = sessions(&target, transport, peer, &request.options).await?;
         if !request.read_only && export.flags.contains(TransmissionFlags::READ_ONLY) {
             return Err(AttachError::Unsuitable {
                 volume: volume.clone(),
-                problem: "its server offers it read-only".into(),
+                problem: "its server offers it read-only; attach it with readonly, or an access mode that only reads"
+                    .into(),
             });
         }
         let opened = start.elapsed();
@@ -137,12 +151,14 @@ impl Inner {
         let record = Record {
             volume: volume.clone(),
             attachment: request.attachment.clone(),
+            foreign: request.foreign.clone(),
             server: address,
             transport,
             read_only: request.read_only,
             flags: export.flags,
             epoch: export.epoch,
             maximum_payload: export.maximum_payload,
+            block_size_bytes: export.block_size_bytes,
             // At most MOST_CONNECTIONS.
             connections: u8::try_from(sessions.len()).unwrap_or(MOST_CONNECTIONS),
             timeout_seconds: seconds(request.options.timeout),
@@ -150,12 +166,14 @@ impl Inner {
             sockets: Vec::new(),
             failed: None,
         };
-        let inner = self.clone();
-        let mut device = blocking(move || inner.hand_over(record, sessions, &export)).await?;
+        let (inner, secret) = (self.clone(), request.secret.clone());
+        let mut device =
+            blocking(move || inner.hand_over(record, &secret, sessions, &export)).await?;
         device.report = report;
         tracing::info!(
             volume = %volume,
             device = %device.path.display(),
+            server = %address,
             transport = ?transport,
             verify_ms = verified.as_millis(),
             sessions_ms = (opened - verified).as_millis(),
@@ -168,7 +186,7 @@ impl Inner {
     /// Verifies the server on sessions of their own, as the policy says.
     async fn verify(
         &self,
-        backend: &Backend,
+        peer: &Peer,
         address: std::net::SocketAddr,
         request: &Request,
     ) -> Result<Option<Arc<verify::Report>>, AttachError> {
@@ -176,19 +194,25 @@ impl Inner {
         if policy == verify::Policy::Off {
             return Ok(None);
         }
-        let target = target(backend, address, &request.secret, Profile::Probe)?;
+        let target = peer.target(address, &request.secret, Profile::Probe)?;
         // A server that is away, or lets us not in, is told in one sentence, not in one for each check.
-        offered(&backend.volume, target.clone()).await?;
+        offered(peer, target.clone()).await?;
         let report = blocking(move || Ok(verify::battery(&target))).await?;
         policy
             .decide(&report)
             .map_err(|source| AttachError::Verification {
-                volume: backend.volume.clone(),
+                volume: peer.volume().clone(),
                 findings: report.findings().count(),
                 source,
             })?;
         if report.findings().chain(report.not_run()).next().is_some() {
-            tracing::warn!(volume = %backend.volume, "the policy lets it pass: {report}");
+            tracing::warn!(volume = %peer.volume(), "the policy lets it pass: {report}");
+        }
+        for examined in &report.results {
+            if let verify::Outcome::Inapplicable { reason } = &examined.outcome {
+                let (volume, check) = (peer.volume(), examined.check.id);
+                tracing::info!(%volume, "{check} does not apply to its server: {reason}");
+            }
         }
         Ok(Some(Arc::new(report)))
     }
@@ -197,6 +221,7 @@ impl Inner {
     fn hand_over(
         &self,
         mut record: Record,
+        secret: &Secret,
         sessions: Vec<Session>,
         export: &Export,
     ) -> Result<Device, AttachError> {
@@ -206,6 +231,9 @@ impl Inner {
             let socket = session.into_socket(&record.volume, timeout, &self.proxies)?;
             record.sockets.push(inode(&socket)?);
             sockets.push(socket);
+        }
+        if record.foreign.is_some() {
+            self.secrets.keep(&record.volume, secret)?;
         }
         self.save(&record)?;
         let made = self.make(&record, &sockets, export);
@@ -293,10 +321,10 @@ impl Inner {
 async fn sessions(
     target: &Target,
     transport: Transport,
-    backend: &Backend,
+    peer: &Peer,
     options: &Options,
 ) -> Result<(Vec<Session>, Export), AttachError> {
-    let volume = &backend.volume;
+    let volume = peer.volume();
     let mut sessions = Vec::new();
     for session in open_all(target, transport, volume, 1).await? {
         sessions.push(session?);
@@ -305,7 +333,7 @@ async fn sessions(
         .first()
         .map(|session| session.transmission().info.clone())
         .ok_or(AttachError::Interrupted)?;
-    let export = Export::new(volume, &info)?;
+    let export = peer.export(&info)?;
     if export.flags.contains(TransmissionFlags::CAN_MULTI_CONN) {
         let more = options.connections.clamp(1, MOST_CONNECTIONS) - 1;
         for session in open_all(target, transport, volume, more.into()).await? {

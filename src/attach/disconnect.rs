@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::backend::Backend;
 use super::error::AttachError;
 use super::kernel::Driver;
-use super::session::{offered, target};
+use super::session::offered;
 use super::system::{detached, wait};
 use super::{Inner, blocking, modules};
 use crate::tls::Profile;
@@ -121,20 +121,26 @@ impl Inner {
     ) -> Result<u64, AttachError> {
         let _lock = self.lock(volume).await;
         let (inner, name) = (self.clone(), volume.clone());
-        let (index, backend, size) = blocking(move || {
+        let (index, peer, size) = blocking(move || {
             let (index, backend) = inner
                 .device_of(&name)?
                 .ok_or(AttachError::NotAttached(name))?;
             let device = inner.describe(index, &backend)?;
-            Ok((index, backend, device.size_bytes))
+            let peer = inner.record_for(index, &backend)?.peer();
+            Ok((index, peer, device.size_bytes))
         })
         .await?;
-        if size >= wanted {
+        // What a foreign server offers, nobody knows but that server.
+        if size >= wanted && peer.foreign.is_none() {
             return Ok(size);
         }
-        let (address, secret) = self.whereabouts(volume).await?;
-        let target = target(&backend, address, &secret, Profile::Probe)?;
-        let served = offered(volume, target).await?.size_bytes;
+        let (address, secret) = self.whereabouts(&peer).await?;
+        let target = peer.target(address, &secret, Profile::Probe)?;
+        let served = offered(&peer, target).await?.size_bytes;
+        if served == size && size >= wanted {
+            return Ok(size);
+        }
+        let wanted = wanted.max(size);
         if served < wanted {
             return Err(AttachError::Unsuitable {
                 volume: volume.clone(),
@@ -142,7 +148,7 @@ impl Inner {
             });
         }
         let inner = self.clone();
-        blocking(move || inner.resize(index, &backend, served)).await
+        blocking(move || inner.resize(index, &peer.backend, served)).await
     }
 
     fn resize(&self, index: u32, backend: &Backend, size: u64) -> Result<u64, AttachError> {

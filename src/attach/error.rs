@@ -42,6 +42,17 @@ pub enum AttachError {
         #[source]
         source: VolumesError,
     },
+    #[error("volume {volume}: its server {host} cannot be found: {problem}")]
+    NoAddress {
+        volume: VolumeId,
+        host: String,
+        problem: String,
+    },
+    #[error(
+        "volume {volume}: its client Secret is not known here any more, so its connections cannot be replaced; stage or \
+         publish the volume once more, with its Secret"
+    )]
+    NoSecret { volume: VolumeId },
     #[error("volume {volume}: its client certificate cannot be used")]
     Certificate {
         volume: VolumeId,
@@ -131,12 +142,14 @@ impl AttachError {
                 _ => ErrorKind::Unavailable,
             },
             Self::Session { source, .. } if source.is_transient() => ErrorKind::Unavailable,
-            Self::InUse { .. }
+            Self::NoAddress { .. }
+            | Self::InUse { .. }
             | Self::Disconnected { .. }
             | Self::Interrupted
             | Self::Verification { findings: 0, .. } => ErrorKind::Unavailable,
             Self::NoDriver { .. }
             | Self::NoKernelTls { .. }
+            | Self::NoSecret { .. }
             | Self::Certificate { .. }
             | Self::Session { .. }
             | Self::Verification { .. }

@@ -9,12 +9,14 @@
 //! - `system`, `modules`: what the node has
 //! - `session`: userspace sessions and how they become sockets; `proxy`: where the kernel has no TLS
 //! - `record`: what outlives the process
+//! - `foreign`: servers that are not Hawser's
 //! - `connect`, `disconnect`, `watch`, `recover`: the operations
 
 mod backend;
 mod connect;
 mod disconnect;
 mod error;
+mod foreign;
 mod kernel;
 mod modules;
 mod netlink;
@@ -34,6 +36,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 pub use self::error::{AttachError, ErrorKind};
+pub use self::foreign::Foreign;
 pub use self::kernel::KernelError;
 pub use self::recover::{Fate, Recovered};
 
@@ -45,6 +48,9 @@ use self::watch::Watch;
 use crate::tls::Secret;
 use crate::verify;
 use crate::volumes::{AttachmentId, NodeVolumes, VolumeId};
+
+/// Where the Secrets of foreign volumes are kept, in memory as `/run` is.
+const KEPT_SECRETS: &str = "/run/hawser/foreign";
 
 /// How this node makes devices.
 #[derive(Debug, Clone)]
@@ -91,6 +97,8 @@ pub struct Request {
     pub secret: Secret,
     pub read_only: bool,
     pub options: Options,
+    /// Where the volume is, if its server is not Hawser's; [`NodeVolumes`] knows nothing of it then.
+    pub foreign: Option<Foreign>,
 }
 
 /// A kernel device of a volume.
@@ -128,6 +136,7 @@ struct Inner {
     volumes: Arc<dyn NodeVolumes>,
     system: System,
     records: Records,
+    secrets: foreign::Secrets,
     proxies: Proxies,
     locks: Mutex<HashMap<VolumeId, Arc<tokio::sync::Mutex<()>>>>,
     watches: Mutex<HashMap<VolumeId, Watch>>,
@@ -161,6 +170,7 @@ impl Attacher {
             volumes,
             system,
             records,
+            secrets: foreign::Secrets::new(KEPT_SECRETS.into()),
             proxies: Proxies::default(),
             locks: Mutex::default(),
             watches: Mutex::default(),
@@ -204,6 +214,22 @@ impl Attacher {
         finish(async move { inner.grow(&volume, size_bytes).await }).await
     }
 
+    /// Shows this Secret to a foreign server from now on, when a connection of the volume's device must be replaced. Of
+    /// a volume that is not attached, or not foreign, nothing is kept.
+    pub async fn renew_secret(&self, volume: &VolumeId, secret: Secret) -> Result<(), AttachError> {
+        let (inner, volume) = (self.0.clone(), volume.clone());
+        finish(async move {
+            let _lock = inner.lock(&volume).await;
+            let inner = inner.clone();
+            blocking(move || match inner.record_of(&volume)? {
+                Some(record) if record.foreign.is_some() => inner.secrets.keep(&volume, &secret),
+                _ => Ok(()),
+            })
+            .await
+        })
+        .await
+    }
+
     /// Finds the devices that an earlier process made and looks after them again. Repeating it changes nothing.
     pub async fn recover(&self) -> Result<Vec<Recovered>, AttachError> {
         let inner = self.0.clone();
@@ -245,6 +271,9 @@ impl Inner {
     }
 
     fn forget(&self, volume: &VolumeId) -> Result<(), AttachError> {
+        self.secrets
+            .forget(volume)
+            .map_err(AttachError::system("remove a volume's Secret"))?;
         self.records
             .remove(volume)
             .map_err(AttachError::system("remove a device's record"))

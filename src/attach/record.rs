@@ -14,11 +14,14 @@ use serde::{Deserialize, Serialize};
 
 use super::Transport;
 use super::backend::Backend;
+use super::foreign::Foreign;
+use super::session::Peer;
 use crate::nbd::TransmissionFlags;
 use crate::storage::replace;
 use crate::volumes::{AttachmentId, VolumeId};
 
-/// A record is some hundred bytes long; each of at most 16 connections adds some twenty.
+/// A record is some hundred bytes long, a foreign export's name some thousand at most; each of at most 16 connections
+/// adds some twenty.
 const LIMIT: u64 = 64 << 10;
 
 /// One device.
@@ -26,6 +29,9 @@ const LIMIT: u64 = 64 << 10;
 pub(super) struct Record {
     pub(super) volume: VolumeId,
     pub(super) attachment: AttachmentId,
+    /// Where the volume is, if its server is not Hawser's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) foreign: Option<Foreign>,
     /// Where the server was when the last socket was made: for people, since each new socket asks again.
     pub(super) server: SocketAddr,
     pub(super) transport: Transport,
@@ -36,6 +42,8 @@ pub(super) struct Record {
     /// The epoch in the server's description; servers that are not Hawser's have none.
     pub(super) epoch: Option<u64>,
     pub(super) maximum_payload: Option<u32>,
+    #[serde(default = "usual_block_size")]
+    pub(super) block_size_bytes: u64,
     /// Sockets the device has; less than asked for where the server does not offer CAN_MULTI_CONN.
     pub(super) connections: u8,
     pub(super) timeout_seconds: u64,
@@ -45,6 +53,11 @@ pub(super) struct Record {
     pub(super) sockets: Vec<u64>,
     /// Why the device was given up.
     pub(super) failed: Option<String>,
+}
+
+/// Of devices that were made before it was recorded: most servers take any.
+fn usual_block_size() -> u64 {
+    super::session::BLOCK_SIZE
 }
 
 mod flags {
@@ -68,6 +81,13 @@ mod flags {
 }
 
 impl Record {
+    pub(super) fn peer(&self) -> Peer {
+        Peer {
+            backend: self.backend(),
+            foreign: self.foreign.clone(),
+        }
+    }
+
     pub(super) fn backend(&self) -> Backend {
         Backend {
             volume: self.volume.clone(),
@@ -171,12 +191,14 @@ pub(super) mod tests {
         Record {
             volume: VolumeId::from_bytes([volume; 16]),
             attachment: AttachmentId::from_bytes([attachment; 16]),
+            foreign: None,
             server: ([192, 0, 2, 1], 10809).into(),
             transport: Transport::KernelTls,
             read_only: false,
             flags: TransmissionFlags::HAS_FLAGS.with(TransmissionFlags::SEND_FLUSH),
             epoch: Some(7),
             maximum_payload: Some(32 << 20),
+            block_size_bytes: 512,
             connections: 2,
             timeout_seconds: 5,
             dead_timeout_seconds: 60,

@@ -8,6 +8,7 @@ use rustls_pki_types::ServerName;
 
 use super::backend::Backend;
 use super::error::AttachError;
+use super::foreign::Foreign;
 use super::kernel::DeviceSocket;
 use super::proxy::Proxies;
 use super::record::Record;
@@ -27,7 +28,7 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// It is both logical and physical block size to the kernel, so a larger one would shut out images and partition
 /// tables made for 512-byte sectors, and file systems that once were made on them. File systems still write
 /// blocks of 4096 bytes.
-const BLOCK_SIZE: u64 = 512;
+pub(super) const BLOCK_SIZE: u64 = 512;
 
 /// Before kernel 6.15 a block may not be larger than a page (K28), and no machine's is smaller than this.
 const LARGEST_BLOCK: u64 = 4096;
@@ -62,18 +63,13 @@ impl Export {
         if size_bytes == 0 {
             return Err(unsuitable("its server exports no data at all".into()));
         }
-        let epoch = match info.description.as_deref().and_then(described) {
-            Some((described, _)) if described != volume.as_str() => {
-                return Err(unsuitable(format!("its server serves {described}")));
-            }
-            description => description.map(|(_, epoch)| epoch),
-        };
+        let described = info.description.as_deref().and_then(described);
         Ok(Self {
             size_bytes,
             block_size_bytes,
             flags: info.flags,
             maximum_payload: info.block_sizes.map(|sizes| sizes.maximum_payload),
-            epoch,
+            epoch: described.map(|(_, epoch)| epoch),
         })
     }
 
@@ -110,10 +106,17 @@ impl Export {
                 self.size_bytes
             )));
         }
-        let lacks = record
-            .flags
-            .without(TransmissionFlags::READ_ONLY)
-            .without(self.flags);
+        if self.block_size_bytes > record.block_size_bytes {
+            return Err(unsuitable(format!(
+                "its server now takes blocks of {} bytes at least, but the device has blocks of {}",
+                self.block_size_bytes, record.block_size_bytes
+            )));
+        }
+        let mut relied_on = record.flags.without(TransmissionFlags::READ_ONLY);
+        if record.connections == 1 {
+            relied_on = relied_on.without(TransmissionFlags::CAN_MULTI_CONN);
+        }
+        let lacks = relied_on.without(self.flags);
         let writable = |flags: TransmissionFlags| !flags.contains(TransmissionFlags::READ_ONLY);
         if lacks != TransmissionFlags::default()
             || writable(record.flags) && !writable(self.flags)
@@ -136,38 +139,69 @@ fn described(description: &str) -> Option<(&str, u64)> {
     words.next().is_none().then_some((volume, epoch))
 }
 
-/// Where the sessions of an attachment go, and as whom.
-pub(super) fn target(
-    backend: &Backend,
-    address: SocketAddr,
-    secret: &Secret,
-    profile: Profile,
-) -> Result<Target, AttachError> {
-    let volume = &backend.volume;
-    let certificate = |source| AttachError::Certificate {
-        volume: volume.clone(),
-        source,
-    };
-    secret
-        .check_identity(&tls::client_identity(volume))
-        .map_err(certificate)?;
-    let unnameable = |_| AttachError::Unsuitable {
-        volume: volume.clone(),
-        problem: "its name cannot be an export's".into(),
-    };
-    let export = format!("{}/{}", backend.volume, backend.attachment);
-    Ok(Target {
-        address,
-        export: ExportName::try_from(export.as_str()).map_err(unnameable)?,
-        tls: tls::client_config(secret, profile).map_err(certificate)?,
-        server_name: ServerName::try_from(tls::server_identity(volume)).map_err(|_| {
-            AttachError::Unsuitable {
-                volume: volume.clone(),
-                problem: "its name cannot be in a certificate".into(),
+/// Whose export a device is of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Peer {
+    pub(super) backend: Backend,
+    pub(super) foreign: Option<Foreign>,
+}
+
+impl Peer {
+    pub(super) fn volume(&self) -> &VolumeId {
+        &self.backend.volume
+    }
+
+    fn unsuitable(&self, problem: impl Into<String>) -> AttachError {
+        AttachError::Unsuitable {
+            volume: self.volume().clone(),
+            problem: problem.into(),
+        }
+    }
+
+    /// Where the sessions go, and as whom. Who may have a volume of Hawser's is settled by names in certificates on both
+    /// sides; a foreign server has rules of its own for its clients.
+    pub(super) fn target(
+        &self,
+        address: SocketAddr,
+        secret: &Secret,
+        profile: Profile,
+    ) -> Result<Target, AttachError> {
+        let volume = self.volume();
+        let certificate = |source| AttachError::Certificate {
+            volume: volume.clone(),
+            source,
+        };
+        let (export, server_name) = match &self.foreign {
+            Some(foreign) => (foreign.export.clone(), foreign.server_name.clone()),
+            None => {
+                secret
+                    .check_identity(&tls::client_identity(volume))
+                    .map_err(certificate)?;
+                let export = format!("{volume}/{}", self.backend.attachment);
+                (export, tls::server_identity(volume))
             }
-        })?,
-        timeout: HANDSHAKE,
-    })
+        };
+        Ok(Target {
+            address,
+            export: ExportName::try_from(export.as_str())
+                .map_err(|error| self.unsuitable(error.to_string()))?,
+            tls: tls::client_config(secret, profile).map_err(certificate)?,
+            server_name: ServerName::try_from(server_name)
+                .map_err(|_| self.unsuitable("its server's name cannot be in a certificate"))?,
+            timeout: HANDSHAKE,
+        })
+    }
+
+    /// What the server says of the export; refused, what no device of this volume can be made of.
+    pub(super) fn export(&self, info: &ExportInfo) -> Result<Export, AttachError> {
+        let described = info.description.as_deref().and_then(described);
+        match described {
+            Some((volume, _)) if self.foreign.is_none() && volume != self.volume().as_str() => {
+                Err(self.unsuitable(format!("its server serves {volume}")))
+            }
+            _ => Export::new(self.volume(), info),
+        }
+    }
 }
 
 impl Transport {
@@ -251,22 +285,21 @@ fn notice_silence(socket: &TcpStream, timeout: Duration) -> Result<(), AttachErr
 }
 
 /// What the server says of the export now, on a session that ends with it.
-pub(super) async fn offered(volume: &VolumeId, target: Target) -> Result<Export, AttachError> {
-    let volume = volume.clone();
+pub(super) async fn offered(peer: &Peer, target: Target) -> Result<Export, AttachError> {
+    let peer = peer.clone();
     blocking(move || {
         let failed = |source| AttachError::Session {
-            volume: volume.clone(),
+            volume: peer.volume().clone(),
             source,
         };
         let mut session = ProbeSession::connect(&target).map_err(failed)?;
         let info = session.info(&target.export).map_err(failed)?;
         session.abort();
         match info {
-            Ok(info) => Export::new(&volume, &info),
-            Err(refusal) => Err(AttachError::Unsuitable {
-                volume,
-                problem: format!("its server does not offer it: {refusal}"),
-            }),
+            Ok(info) => peer.export(&info),
+            Err(refusal) => {
+                Err(peer.unsuitable(format!("its server does not offer it: {refusal}")))
+            }
         }
     })
     .await

@@ -15,7 +15,7 @@ use super::connect::inode;
 use super::error::{AttachError, chain};
 use super::kernel::{Announcements, DeviceSocket};
 use super::record::Record;
-use super::session::{Export, Session, open_all, target};
+use super::session::{Peer, Session, open_all};
 use super::{Inner, blocking, modules, system};
 use crate::tls::{Secret, Side};
 use crate::volumes::VolumeId;
@@ -102,17 +102,36 @@ impl Inner {
         }
     }
 
-    /// Where the volume's server is now, and the Secret to show there.
-    pub(super) async fn whereabouts(
-        &self,
-        volume: &VolumeId,
-    ) -> Result<(SocketAddr, Secret), AttachError> {
-        let endpoint = |source| AttachError::Endpoint {
+    /// Where the volume's server is now.
+    pub(super) async fn address(&self, peer: &Peer) -> Result<SocketAddr, AttachError> {
+        let volume = peer.volume();
+        if let Some(foreign) = &peer.foreign {
+            return foreign.address(volume).await;
+        }
+        let endpoint = self.volumes.endpoint(volume).await;
+        endpoint.map_err(|source| AttachError::Endpoint {
             volume: volume.clone(),
             source,
-        };
-        let address = self.volumes.endpoint(volume).await.map_err(endpoint)?;
-        let parts = self.volumes.client_secret(volume).await.map_err(endpoint)?;
+        })
+    }
+
+    /// Where the volume's server is now, and the Secret to show there.
+    pub(super) async fn whereabouts(
+        self: &Arc<Self>,
+        peer: &Peer,
+    ) -> Result<(SocketAddr, Secret), AttachError> {
+        let address = self.address(peer).await?;
+        let volume = peer.volume();
+        if peer.foreign.is_some() {
+            let (inner, volume) = (self.clone(), volume.clone());
+            let secret = blocking(move || inner.secrets.find(&volume)).await?;
+            return Ok((address, secret));
+        }
+        let parts = self.volumes.client_secret(volume).await;
+        let parts = parts.map_err(|source| AttachError::Endpoint {
+            volume: volume.clone(),
+            source,
+        })?;
         let origin = format!("the client Secret of volume {volume}");
         let secret = Secret::from_map(&origin, &parts, Side::Client).map_err(|source| {
             AttachError::Certificate {
@@ -142,8 +161,9 @@ impl Inner {
             volume = %backend.volume,
             "/dev/nbd{index}: {missing} of {} connections are dead", record.connections
         );
-        let (address, secret) = self.whereabouts(&backend.volume).await?;
-        let target = target(backend, address, &secret, record.transport.profile())?;
+        let peer = record.peer();
+        let (address, secret) = self.whereabouts(&peer).await?;
+        let target = peer.target(address, &secret, record.transport.profile())?;
         let opened = open_all(&target, record.transport, &backend.volume, missing).await?;
         let mut sessions = Vec::new();
         let mut failure = None;
@@ -294,8 +314,8 @@ fn acceptable(
     record: &Record,
     device_size_bytes: u64,
 ) -> Result<Session, AttachError> {
-    Export::new(&record.volume, &session.transmission().info)?
-        .check_against(record, device_size_bytes)?;
+    let offered = record.peer().export(&session.transmission().info)?;
+    offered.check_against(record, device_size_bytes)?;
     Ok(session)
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tonic::{Code, Request, Response, Status};
 
 use super::capability::{Access, Capability, Refusal};
+use super::foreign;
 use super::locks::Locks;
 use super::parameters::Parameters;
 use super::request::{self, Size};
@@ -17,7 +18,9 @@ use crate::proto::csi::controller_server::Controller;
 use crate::proto::csi::controller_service_capability::{self as capability, Rpc, rpc};
 use crate::proto::csi::validate_volume_capabilities_response::Confirmed;
 use crate::proto::csi::volume_content_source;
-use crate::volumes::{Content, CreateRequest, Volume, VolumeId, VolumeOptions, Volumes};
+use crate::volumes::{
+    Attachment, Content, CreateRequest, Volume, VolumeId, VolumeOptions, Volumes,
+};
 
 /// Bytes of a volume whose size nobody asked for.
 const DEFAULT_SIZE: u64 = 1 << 30;
@@ -63,7 +66,17 @@ fn volume_id(text: &str) -> Result<Option<VolumeId>, Status> {
 
 /// A required volume id of a volume that must exist.
 fn known_volume_id(text: &str) -> Result<VolumeId, Status> {
-    volume_id(text)?.ok_or_else(|| not_found(format!("volume {text:?} does not exist")))
+    volume_id(text)?.ok_or_else(|| foreign::unknown(text))
+}
+
+/// Whether the volume called `handle` is one on another server, which `context` then describes; refused, what it cannot
+/// be.
+fn is_foreign(handle: &str, context: &HashMap<String, String>) -> Result<bool, Status> {
+    if !context.contains_key(super::parameters::URI) {
+        return Ok(false);
+    }
+    let described = Parameters::parse_context(context)?.foreign;
+    Ok(foreign::named(handle, described)?.is_some())
 }
 
 fn to_csi(volume: Volume) -> csi::Volume {
@@ -116,6 +129,16 @@ fn content(wanted: &[Capability]) -> Result<(Content, Option<Kind>), Status> {
         ));
     }
     Ok((content, kinds.pop()))
+}
+
+/// What the node is told of an attachment.
+fn published(attachment: Attachment) -> csi::ControllerPublishVolumeResponse {
+    csi::ControllerPublishVolumeResponse {
+        publish_context: HashMap::from([
+            (ATTACHMENT.into(), attachment.id.into()),
+            (READ_ONLY.into(), attachment.read_only.to_string()),
+        ]),
+    }
 }
 
 /// Checks a CreateVolume request and says what it asks for.
@@ -262,9 +285,25 @@ impl Controller for ControllerService {
         let capability = Capability::parse(request.volume_capability)?;
         request::secrets(&request.secrets)?;
         request::map("volume_context", &request.volume_context)?;
-        let id = known_volume_id(&request.volume_id)?;
         let read_only = request.readonly || capability.mode.is_read_only();
         let volumes = self.volumes.clone();
+        if is_foreign(&request.volume_id, &request.volume_context)? {
+            let handle = request.volume_id.clone();
+            return self
+                .locks
+                .run("ControllerPublishVolume", &request.volume_id, async move {
+                    let attachment = volumes
+                        .attach_foreign(&handle, &node, capability.mode, read_only)
+                        .await?;
+                    tracing::info!(
+                        node, attachment = %attachment.id, read_only,
+                        "attached by the record only: its server is not Hawser's, and keeps no other node away"
+                    );
+                    Ok(published(attachment))
+                })
+                .await;
+        }
+        let id = known_volume_id(&request.volume_id)?;
         self.locks
             .run("ControllerPublishVolume", &request.volume_id, async move {
                 capability.fits(&volumes.find(&id).await?)?;
@@ -272,12 +311,7 @@ impl Controller for ControllerService {
                     .attach(&id, &node, capability.mode, read_only)
                     .await?;
                 tracing::info!(node, attachment = %attachment.id, read_only, "attached");
-                Ok(csi::ControllerPublishVolumeResponse {
-                    publish_context: HashMap::from([
-                        (ATTACHMENT.into(), attachment.id.into()),
-                        (READ_ONLY.into(), attachment.read_only.to_string()),
-                    ]),
-                })
+                Ok(published(attachment))
             })
             .await
     }
@@ -292,16 +326,19 @@ impl Controller for ControllerService {
             "" => None,
             text => Some(request::node_id(text)?.to_owned()),
         };
-        let Some(id) = volume_id(&request.volume_id)? else {
-            return Ok(Response::new(csi::ControllerUnpublishVolumeResponse {}));
-        };
+        let id = volume_id(&request.volume_id)?;
+        let handle = request.volume_id.clone();
         let volumes = self.volumes.clone();
         self.locks
             .run(
                 "ControllerUnpublishVolume",
                 &request.volume_id,
                 async move {
-                    volumes.detach(&id, node.as_deref()).await?;
+                    match id {
+                        Some(id) => volumes.detach(&id, node.as_deref()).await?,
+                        // A foreign volume, or none at all.
+                        None => volumes.detach_foreign(&handle, node.as_deref()).await?,
+                    }
                     Ok(csi::ControllerUnpublishVolumeResponse {})
                 },
             )
@@ -321,14 +358,19 @@ impl Controller for ControllerService {
         if let Err(refusal @ Refusal::Malformed(_)) = parsed {
             return Err(refusal.into());
         }
-        let volume = self
-            .volumes
-            .find(&known_volume_id(&request.volume_id)?)
-            .await?;
-        let refusal = parsed
-            .and_then(|wanted| wanted.iter().try_for_each(|c| c.fits(&volume)))
-            .map_err(|refusal| refusal.to_string())
-            .and_then(|()| confirm_parameters(&request, &volume));
+        let refusal = if is_foreign(&request.volume_id, &request.volume_context)? {
+            // What its server can do, only a node finds out.
+            parsed
+                .map_err(|refusal| refusal.to_string())
+                .and_then(|_| no_parameters(&request))
+        } else {
+            let id = known_volume_id(&request.volume_id)?;
+            let volume = self.volumes.find(&id).await?;
+            parsed
+                .and_then(|wanted| wanted.iter().try_for_each(|c| c.fits(&volume)))
+                .map_err(|refusal| refusal.to_string())
+                .and_then(|()| confirm_parameters(&request, &volume))
+        };
         Ok(Response::new(match refusal {
             Err(message) => csi::ValidateVolumeCapabilitiesResponse {
                 confirmed: None,
@@ -454,7 +496,13 @@ impl Controller for ControllerService {
             .volume_capability
             .map(|capability| Capability::parse(Some(capability)))
             .transpose()?;
-        let id = known_volume_id(&request.volume_id)?;
+        let id = volume_id(&request.volume_id)?.ok_or_else(|| {
+            not_found(format!(
+                "volume {:?} does not exist here; one on another server than Hawser's is grown at that server, and its \
+                 device when it is staged the next time",
+                request.volume_id
+            ))
+        })?;
         let volumes = self.volumes.clone();
         self.locks
             .run("ControllerExpandVolume", &request.volume_id, async move {
@@ -473,6 +521,14 @@ impl Controller for ControllerService {
             })
             .await
     }
+}
+
+/// A foreign volume was made from no StorageClass.
+fn no_parameters(request: &csi::ValidateVolumeCapabilitiesRequest) -> Result<(), String> {
+    if request.parameters.is_empty() && request.mutable_parameters.is_empty() {
+        return Ok(());
+    }
+    Err("parameters: a volume on another server than Hawser's has none".into())
 }
 
 /// Whether a volume is what `parameters` and `volume_context` of a validation say; the message says why not.

@@ -5,6 +5,7 @@
 
 mod capability;
 mod controller;
+mod foreign;
 mod identity;
 mod locks;
 #[cfg(test)]

@@ -8,6 +8,9 @@
 //! | `reconnectTimeout` | 10 to 86400 seconds that I/O waits for a server before it fails | 600 |
 //! | `csi.storage.k8s.io/fstype` | `ext4`, `xfs`, `btrfs`, where the capability names none | `ext4` |
 //!
+//! A static PersistentVolume on a server that is not Hawser's has two keys more in its `volume_context`, `uri` and
+//! `format`: see [`super::foreign`].
+//!
 //! What is not in the table is refused by name: a misspelt parameter must not silently mean its default.
 
 use std::collections::{BTreeMap, HashMap};
@@ -16,8 +19,9 @@ use std::time::Duration;
 
 use tonic::Status;
 
+use super::foreign::{self, Formatting};
 use super::status::invalid;
-use crate::attach::Options;
+use crate::attach::{Foreign, Options};
 use crate::filesystem::Kind;
 
 const CONNECTIONS: &str = "connections";
@@ -25,6 +29,8 @@ const VERIFY: &str = "verify";
 const IO_TIMEOUT: &str = "ioTimeout";
 const RECONNECT_TIMEOUT: &str = "reconnectTimeout";
 pub(super) const FS_TYPE: &str = "csi.storage.k8s.io/fstype";
+pub(super) const URI: &str = "uri";
+const FORMAT: &str = "format";
 
 /// What csi-provisioner adds to say for whom a volume is made (`--extra-create-metadata`). Nothing depends on it.
 const METADATA: [&str; 3] = [
@@ -34,7 +40,7 @@ const METADATA: [&str; 3] = [
 ];
 
 /// What Kubernetes adds to a volume's context: about the pod (podInfoOnMount), and who provisioned it.
-const FOREIGN_CONTEXT: [&str; 2] = ["csi.storage.k8s.io/", "storage.kubernetes.io/"];
+const KUBERNETES: [&str; 2] = ["csi.storage.k8s.io/", "storage.kubernetes.io/"];
 
 const CONNECTIONS_RANGE: RangeInclusive<u64> = 1..=16;
 const IO_TIMEOUT_RANGE: RangeInclusive<u64> = 2..=300;
@@ -46,21 +52,23 @@ pub(super) struct Parameters {
     pub(super) options: Options,
     /// The file system of a volume whose capability leaves it open.
     pub(super) kind: Option<Kind>,
+    /// Where the volume is, if its server is not Hawser's.
+    pub(super) foreign: Option<Foreign>,
+    /// Whether a file system may be made on a foreign export.
+    pub(super) formatting: Formatting,
 }
 
 impl Parameters {
     /// Takes CreateVolume's `parameters`, in which every key must be known.
     pub(super) fn parse(map: &HashMap<String, String>) -> Result<Self, Status> {
-        Self::read(map, |key| METADATA.contains(&key))
+        Self::read(map, Source::Class)
             .map_err(|problems| invalid(format!("parameters: {problems}")))
     }
 
     /// Takes a `volume_context`, to which Kubernetes adds keys of its own.
     pub(super) fn parse_context(map: &HashMap<String, String>) -> Result<Self, Status> {
-        Self::read(map, |key| {
-            FOREIGN_CONTEXT.iter().any(|prefix| key.starts_with(prefix))
-        })
-        .map_err(|problems| invalid(format!("volume_context: {problems}")))
+        Self::read(map, Source::Volume)
+            .map_err(|problems| invalid(format!("volume_context: {problems}")))
     }
 
     /// What was recorded in a volume's own context.
@@ -80,15 +88,18 @@ impl Parameters {
             .collect()
     }
 
-    /// Reads `map`, passing over unknown keys that `foreign` allows; all problems are told at once.
-    fn read(map: &HashMap<String, String>, foreign: impl Fn(&str) -> bool) -> Result<Self, String> {
+    /// Reads `map`; all problems are told at once.
+    fn read(map: &HashMap<String, String>, source: Source) -> Result<Self, String> {
         let mut parameters = Self::default();
         let mut problems = Vec::new();
         // In a fixed order, so that the same mistake is the same message.
         for (key, value) in map.iter().collect::<BTreeMap<_, _>>() {
-            if let Err(problem) = parameters.set(key, value, &foreign) {
+            if let Err(problem) = parameters.set(key, value, source) {
                 problems.push(problem);
             }
+        }
+        if parameters.foreign.is_none() && map.contains_key(FORMAT) && problems.is_empty() {
+            problems.push(format!("{FORMAT} goes with {URI} only"));
         }
         if problems.is_empty() {
             Ok(parameters)
@@ -97,12 +108,7 @@ impl Parameters {
         }
     }
 
-    fn set(
-        &mut self,
-        key: &str,
-        value: &str,
-        foreign: impl Fn(&str) -> bool,
-    ) -> Result<(), String> {
+    fn set(&mut self, key: &str, value: &str, source: Source) -> Result<(), String> {
         match key {
             CONNECTIONS => {
                 let number = number(key, value, CONNECTIONS_RANGE)?;
@@ -122,7 +128,19 @@ impl Parameters {
                     text => Some(text.parse().map_err(|error| format!("{key}: {error}"))?),
                 }
             }
-            key if foreign(key) => {}
+            URI if source == Source::Volume => {
+                let found = foreign::parse(value).map_err(|error| format!("{key}: {error}"))?;
+                self.foreign = Some(found);
+            }
+            FORMAT if source == Source::Volume => {
+                self.formatting = value.parse().map_err(|error| format!("{key}: {error}"))?;
+            }
+            URI | FORMAT => {
+                return Err(format!(
+                    "{key:?} is for a PersistentVolume on a server of its own; Hawser makes volumes on its own only"
+                ));
+            }
+            key if source.passes(key) => {}
             key => {
                 return Err(format!(
                     "{key:?} is unknown; there are {CONNECTIONS}, {VERIFY}, {IO_TIMEOUT}, \
@@ -131,6 +149,25 @@ impl Parameters {
             }
         }
         Ok(())
+    }
+}
+
+/// Where parameters come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// CreateVolume's `parameters`.
+    Class,
+    /// A `volume_context`.
+    Volume,
+}
+
+impl Source {
+    /// Whether that key, which is none of ours, is passed over.
+    fn passes(self, key: &str) -> bool {
+        match self {
+            Self::Class => METADATA.contains(&key),
+            Self::Volume => KUBERNETES.iter().any(|prefix| key.starts_with(prefix)),
+        }
     }
 }
 
@@ -182,6 +219,7 @@ mod tests {
                     policy: Policy::Warn,
                 },
                 kind: Some(Kind::Btrfs),
+                ..Parameters::default()
             }
         );
         let context = Parameters::context(&asked);
@@ -225,6 +263,34 @@ mod tests {
             Parameters::default()
         );
         assert!(Parameters::parse_context(&map(&[("device", "/dev/sda")])).is_err());
+    }
+
+    #[test]
+    fn only_a_volume_may_be_elsewhere() {
+        let uri = ("uri", "nbds://storage.example/disk");
+        let elsewhere = map(&[uri, ("format", "if-empty"), ("connections", "2")]);
+        let parsed = Parameters::parse_context(&elsewhere).unwrap();
+        assert_eq!(parsed.foreign.unwrap().export, "disk");
+        assert_eq!(parsed.formatting, Formatting::IfEmpty);
+        assert_eq!(parsed.options.connections, 2);
+        for (bad, part) in [
+            (Parameters::parse(&map(&[uri])), "uri"),
+            (
+                Parameters::parse_context(&map(&[("uri", "nbd://storage.example/disk")])),
+                "nbds",
+            ),
+            (
+                Parameters::parse_context(&map(&[uri, ("format", "always")])),
+                "if-empty",
+            ),
+            (
+                Parameters::parse_context(&map(&[("format", "if-empty")])),
+                "goes with uri",
+            ),
+        ] {
+            let refused = bad.unwrap_err();
+            assert!(refused.message().contains(part), "{}", refused.message());
+        }
     }
 
     /// A row of the table in docs/parameters.md: what is allowed, and the default.

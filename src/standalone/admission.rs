@@ -1,6 +1,5 @@
 //! What a volume's record allows to happen next: pure decisions, made before anything is changed.
 
-use crate::storage::Record;
 use crate::volumes::{
     AccessMode, Attachment, AttachmentId, CreateRequest, Format, Volume, VolumesError,
 };
@@ -90,9 +89,12 @@ impl Wanted {
 }
 
 /// One node holds a volume, unless every mode that is in force is for many.
-pub(super) fn admit(record: &Record, wanted: &Wanted) -> Result<Admission, VolumesError> {
-    let volume = record.volume.id.to_string();
-    let attachments = &record.volume.attachments;
+pub(super) fn admit(
+    volume: &str,
+    attachments: &[Attachment],
+    wanted: &Wanted,
+) -> Result<Admission, VolumesError> {
+    let volume = volume.to_owned();
     if let Some(present) = attachments.iter().find(|one| one.node == wanted.node) {
         if present.mode == wanted.mode && present.read_only == wanted.read_only {
             return Ok(Admission::Present(present.clone()));
@@ -235,11 +237,10 @@ mod tests {
             (Some(Many), Many, "b", "granted"),
             (Some(Many), Many, "a", "present"),
         ] {
-            let mut record = Record::new(volume());
             let id = AttachmentId::from_bytes([2; 16]);
             let held = held.map(|mode| Wanted::new("a", mode, false).granted(id));
-            record.volume.attachments.extend(held);
-            let found = match admit(&record, &Wanted::new(node, wanted, false)) {
+            let held: Vec<_> = held.into_iter().collect();
+            let found = match admit("v", &held, &Wanted::new(node, wanted, false)) {
                 Ok(Admission::Granted) => "granted",
                 Ok(Admission::Present(_)) => "present",
                 Err(VolumesError::AttachedElsewhere { .. }) => "elsewhere",
@@ -252,15 +253,11 @@ mod tests {
 
     #[test]
     fn another_readonly_is_another_attachment() {
-        let mut record = Record::new(volume());
         let id = AttachmentId::from_bytes([2; 16]);
         let mode = AccessMode::SingleNodeWriter;
-        record
-            .volume
-            .attachments
-            .push(Wanted::new("a", mode, false).granted(id));
+        let held = [Wanted::new("a", mode, false).granted(id)];
         assert!(matches!(
-            admit(&record, &Wanted::new("a", mode, true)),
+            admit("v", &held, &Wanted::new("a", mode, true)),
             Err(VolumesError::Incompatible { .. })
         ));
         assert!(Wanted::new("a", AccessMode::MultiNodeReaderOnly, false).read_only);

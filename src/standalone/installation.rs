@@ -22,6 +22,7 @@ use crate::volumes::{
 };
 
 use super::admission::{Admission, Wanted, admit, check_format, check_name, check_same};
+use super::foreign::Foreign;
 use super::server::Server;
 use super::site::{Ground, Site};
 
@@ -57,6 +58,7 @@ pub struct Installation(pub(super) Arc<Inner>);
 
 pub(super) struct Inner {
     pub(super) ground: Arc<Ground>,
+    pub(super) foreign: Foreign,
     pub(super) nodes: BTreeSet<String>,
     pub(super) volumes_per_node: Option<u64>,
     pub(super) servers: StdMutex<HashMap<VolumeId, Arc<Server>>>,
@@ -238,7 +240,8 @@ impl Inner {
         self.finish_revoking(id).await?;
         let attachment = {
             let _admitting = self.admitting.lock().await;
-            match admit(&*self.record(id).await?, &wanted)? {
+            let record = self.record(id).await?;
+            match admit(id.as_str(), &record.volume.attachments, &wanted)? {
                 Admission::Present(present) => present,
                 Admission::Granted => {
                     self.check_node(&wanted.node)?;
@@ -266,7 +269,8 @@ impl Inner {
             attachments.any(|attachment| attachment.node == node)
         };
         let volumes = self.ground.pool.list(None, usize::MAX);
-        let attached = volumes.iter().filter(is_there).count();
+        let foreign = self.foreign.attached_to(node)?;
+        let attached = volumes.iter().filter(is_there).count() + foreign;
         if u64::try_from(attached).is_ok_and(|attached| attached < limit) {
             return Ok(());
         }
@@ -291,6 +295,37 @@ impl Inner {
             Err(error) => Err(error),
             Ok(_) => self.finish_revoking(id).await,
         }
+    }
+
+    async fn attach_foreign(
+        &self,
+        handle: String,
+        wanted: Wanted,
+    ) -> Result<Attachment, VolumesError> {
+        let id = VolumeId::foreign(&handle);
+        let _turn = self.turn(&id).await?;
+        if !self.nodes.contains(&wanted.node) {
+            return Err(VolumesError::NodeNotFound(wanted.node));
+        }
+        let _admitting = self.admitting.lock().await;
+        let mut used = self.foreign.find(&handle)?;
+        match admit(&handle, &used, &wanted)? {
+            Admission::Present(present) => Ok(present),
+            Admission::Granted => {
+                self.check_node(&wanted.node)?;
+                let granted = wanted.granted(new_attachment_id()?);
+                used.push(granted.clone());
+                self.foreign.set(&handle, used)?;
+                Ok(granted)
+            }
+        }
+    }
+
+    async fn detach_foreign(&self, handle: &str, node: Option<String>) -> Result<(), VolumesError> {
+        let _turn = self.turn(&VolumeId::foreign(handle)).await?;
+        let mut used = self.foreign.find(handle)?;
+        used.retain(|one| node.as_ref().is_some_and(|node| one.node != *node));
+        self.foreign.set(handle, used)
     }
 
     async fn restore_directory(&self, id: &VolumeId) -> Result<(), VolumesError> {
@@ -441,6 +476,24 @@ impl Volumes for Installation {
     ) -> Result<u64, VolumesError> {
         let id = id.clone();
         self.call(|inner| async move { inner.grow(&id, required_bytes, limit_bytes).await })
+            .await
+    }
+
+    async fn attach_foreign(
+        &self,
+        handle: &str,
+        node: &str,
+        mode: AccessMode,
+        read_only: bool,
+    ) -> Result<Attachment, VolumesError> {
+        let (handle, wanted) = (handle.to_owned(), Wanted::new(node, mode, read_only));
+        self.call(|inner| async move { inner.attach_foreign(handle, wanted).await })
+            .await
+    }
+
+    async fn detach_foreign(&self, handle: &str, node: Option<&str>) -> Result<(), VolumesError> {
+        let (handle, node) = (handle.to_owned(), node.map(str::to_owned));
+        self.call(|inner| async move { inner.detach_foreign(&handle, node).await })
             .await
     }
 

@@ -2,6 +2,7 @@
 
 mod admission;
 mod command;
+mod foreign;
 mod installation;
 mod process;
 mod recover;

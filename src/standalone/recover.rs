@@ -21,6 +21,7 @@ use crate::proto::socket::LONGEST_PATH;
 use crate::storage::{self, Pool, StorageError};
 use crate::volumes::VolumeId;
 
+use super::foreign::Foreign;
 use super::installation::{Inner, Installation, Settings};
 use super::secrets::{Secrets, SecretsError};
 use super::server::Server;
@@ -100,6 +101,7 @@ impl Installation {
         });
         let installation = Self(Arc::new(Inner {
             ground,
+            foreign: Foreign::new(settings.state.join("foreign")),
             nodes: settings.nodes,
             volumes_per_node: settings.volumes_per_node,
             servers: StdMutex::new(HashMap::new()),

@@ -66,6 +66,8 @@ struct Parts {
     roots: Arc<RootCertStore>,
     names: Vec<String>,
     not_after: i64,
+    /// As they came, for whoever passes the Secret on.
+    pem: [Vec<u8>; 3],
 }
 
 impl Secret {
@@ -83,15 +85,18 @@ impl Secret {
     ) -> Result<Self, CertificateError> {
         let origin = origin.to_owned();
         let [certificate, key, authorities] = side.parts();
-        let chain = certificates(&origin, certificate.0, part(&origin, parts, certificate)?)?;
-        let key = PrivateKeyDer::from_pem_slice(part(&origin, parts, key)?).map_err(|_| {
-            CertificateError::NotPem {
-                origin: origin.clone(),
-                part: KEY,
-                wanted: "private key",
-            }
+        let pem = [
+            part(&origin, parts, certificate)?.to_owned(),
+            part(&origin, parts, key)?.to_owned(),
+            part(&origin, parts, authorities)?.to_owned(),
+        ];
+        let chain = certificates(&origin, CERTIFICATE, &pem[0])?;
+        let key = PrivateKeyDer::from_pem_slice(&pem[1]).map_err(|_| CertificateError::NotPem {
+            origin: origin.clone(),
+            part: KEY,
+            wanted: "private key",
         })?;
-        let authorities = certificates(&origin, AUTHORITIES, part(&origin, parts, authorities)?)?;
+        let authorities = certificates(&origin, AUTHORITIES, &pem[2])?;
         let (names, not_after) = check(&origin, &chain[0], side)?;
         let signing = provider()
             .key_provider
@@ -118,6 +123,7 @@ impl Secret {
             roots: Arc::new(roots),
             names,
             not_after,
+            pem,
         })))
     }
 
@@ -173,6 +179,7 @@ impl Secret {
     /// This certificate and key, with the authorities that `other` trusts.
     #[must_use]
     pub fn trusting(&self, other: &Self) -> Self {
+        let [certificate, key, _] = self.0.pem.clone();
         Self(Arc::new(Parts {
             origin: self.0.origin.clone(),
             side: self.0.side,
@@ -181,6 +188,7 @@ impl Secret {
             roots: other.0.roots.clone(),
             names: self.0.names.clone(),
             not_after: self.0.not_after,
+            pem: [certificate, key, other.0.pem[2].clone()],
         }))
     }
 
@@ -200,6 +208,13 @@ impl Secret {
     #[must_use]
     pub fn not_after(&self) -> i64 {
         self.0.not_after
+    }
+
+    /// The content, as [`Secret::from_map`] takes it. It has the key: for memory only.
+    #[must_use]
+    pub fn parts(&self) -> BTreeMap<String, Vec<u8>> {
+        let names = [CERTIFICATE, KEY, AUTHORITIES].map(str::to_owned);
+        names.into_iter().zip(self.0.pem.clone()).collect()
     }
 
     pub(super) fn side(&self) -> Side {

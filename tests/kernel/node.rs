@@ -194,6 +194,7 @@ impl Served {
             secret: Secret::from_map("the test's Secret", &parts, Side::Client)?,
             read_only,
             options,
+            foreign: None,
         })
     }
 }

@@ -1,6 +1,7 @@
 use super::*;
 use crate::attach::record::tests::record;
 use crate::nbd::BlockSizes;
+use crate::tls::Side;
 
 fn volume() -> VolumeId {
     record(1, 1).volume
@@ -16,6 +17,15 @@ fn info() -> ExportInfo {
             maximum_payload: 32 << 20,
         }),
         description: Some(format!("hawser volume={} epoch=7", volume())),
+    }
+}
+
+fn foreign() -> Foreign {
+    Foreign {
+        host: "storage.example".into(),
+        port: 10809,
+        export: "disk".into(),
+        server_name: "storage.example".into(),
     }
 }
 
@@ -47,8 +57,11 @@ fn exports_of_which_no_device_can_be_made_are_refused() {
         ..info()
     };
     assert!(problem(Export::new(&volume(), &empty)).contains("no data"));
-    let other = record(2, 1).volume;
-    assert!(problem(Export::new(&other, &info())).contains("serves vol-01"));
+    let mut other = record(2, 1).peer();
+    assert!(problem(other.export(&info())).contains("serves vol-01"));
+    // Of a foreign volume the name is nobody's business, and the epoch counts all the same.
+    other.foreign = Some(foreign());
+    assert_eq!(other.export(&info()).unwrap().epoch, Some(7));
     let coarse = ExportInfo {
         block_sizes: Some(BlockSizes {
             minimum: 1 << 16,
@@ -92,9 +105,19 @@ fn k20_only_the_same_export_may_go_on() {
     let mut frozen = same.clone();
     frozen.flags = frozen.flags.with(TransmissionFlags::READ_ONLY);
     assert!(problem(frozen.check_against(&record, size)).contains("READ_ONLY"));
-    let mut narrow = same;
+    let mut narrow = same.clone();
     narrow.maximum_payload = Some(1 << 20);
     assert!(narrow.check_against(&record, size).is_err());
+    let mut coarse = same.clone();
+    coarse.block_size_bytes = 4096;
+    assert!(problem(coarse.check_against(&record, size)).contains("4096"));
+
+    let mut single = record.clone();
+    single.connections = 1;
+    single.flags = single.flags.with(TransmissionFlags::CAN_MULTI_CONN);
+    same.check_against(&single, size).unwrap();
+    single.connections = 2;
+    assert!(problem(same.check_against(&single, size)).contains("CAN_MULTI_CONN"));
 }
 
 #[test]
@@ -128,4 +151,29 @@ fn a_description_that_is_not_ours_says_nothing() {
     ] {
         assert_eq!(described(other), None, "{other}");
     }
+}
+
+#[test]
+fn a_foreign_server_is_asked_for_its_own_export_under_its_own_name() {
+    let issued = tls::Authority::temporary()
+        .unwrap()
+        .issue(&tls::Leaf::new(Side::Client, vec!["node.example".into()]))
+        .unwrap();
+    let secret = Secret::from_map("the request", &issued, Side::Client).unwrap();
+    let address = ([192, 0, 2, 1], 10809).into();
+    let mut peer = record(1, 1).peer();
+    assert!(matches!(
+        peer.target(address, &secret, Profile::Kernel),
+        Err(AttachError::Certificate { .. })
+    ));
+    peer.foreign = Some(foreign());
+    let target = peer.target(address, &secret, Profile::Kernel).unwrap();
+    assert_eq!(target.export.as_str(), "disk");
+    assert_eq!(target.server_name.to_str(), "storage.example");
+    peer.foreign = Some(Foreign {
+        server_name: "2001:db8::1".into(),
+        ..foreign()
+    });
+    let target = peer.target(address, &secret, Profile::Kernel).unwrap();
+    assert!(matches!(target.server_name, ServerName::IpAddress(_)));
 }

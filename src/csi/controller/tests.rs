@@ -495,3 +495,91 @@ async fn capacity_is_told_for_what_can_be_made() {
     let impossible = ask(vec![block(Mode::MultiNodeMultiWriter)]).await.unwrap();
     assert_eq!(impossible.into_inner().available_capacity, 0);
 }
+
+/// Of a volume on another server Hawser has a record at most, and says so where it cannot do what is asked.
+#[tokio::test]
+async fn a_volume_on_another_server_is_attached_and_nothing_else() {
+    let service = service();
+    let context = HashMap::from([("uri".to_owned(), "nbds://storage.example/disk".to_owned())]);
+    let elsewhere = |node: &str| csi::ControllerPublishVolumeRequest {
+        volume_id: "legacy".into(),
+        node_id: node.into(),
+        volume_capability: Some(block(Mode::SingleNodeWriter)),
+        volume_context: context.clone(),
+        ..csi::ControllerPublishVolumeRequest::default()
+    };
+    let first = published(&service, elsewhere(NODES[0])).await.unwrap();
+    assert_eq!(
+        published(&service, elsewhere(NODES[0])).await.unwrap(),
+        first
+    );
+    assert_eq!(first[READ_ONLY], "false");
+    assert_ne!(
+        published(&service, elsewhere(NODES[1])).await.unwrap(),
+        first
+    );
+    let mut as_ours = elsewhere(NODES[0]);
+    as_ours.volume_id = VolumeId::from_bytes([1; 16]).to_string();
+    assert_eq!(
+        published(&service, as_ours).await,
+        Err(Code::InvalidArgument)
+    );
+    let mut plain = elsewhere(NODES[0]);
+    plain
+        .volume_context
+        .insert("uri".into(), "nbd://storage.example/disk".into());
+    assert_eq!(published(&service, plain).await, Err(Code::InvalidArgument));
+
+    let validate = |mode| csi::ValidateVolumeCapabilitiesRequest {
+        volume_id: "legacy".into(),
+        volume_capabilities: vec![block(mode)],
+        volume_context: context.clone(),
+        ..csi::ValidateVolumeCapabilitiesRequest::default()
+    };
+    for (mode, is_confirmed) in [
+        (Mode::SingleNodeWriter, true),
+        (Mode::MultiNodeReaderOnly, true),
+        (Mode::MultiNodeMultiWriter, false),
+    ] {
+        let validated = service
+            .validate_volume_capabilities(Request::new(validate(mode)))
+            .await
+            .unwrap();
+        assert_eq!(
+            validated.into_inner().confirmed.is_some(),
+            is_confirmed,
+            "{mode:?}"
+        );
+    }
+
+    let expand = csi::ControllerExpandVolumeRequest {
+        volume_id: "legacy".into(),
+        capacity_range: Some(CapacityRange {
+            required_bytes: 1 << 30,
+            limit_bytes: 0,
+        }),
+        ..csi::ControllerExpandVolumeRequest::default()
+    };
+    let refused = service
+        .controller_expand_volume(Request::new(expand))
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+    assert!(
+        refused.message().contains("grown at that server"),
+        "{refused:?}"
+    );
+    let unpublish = csi::ControllerUnpublishVolumeRequest {
+        volume_id: "legacy".into(),
+        ..csi::ControllerUnpublishVolumeRequest::default()
+    };
+    service
+        .controller_unpublish_volume(Request::new(unpublish))
+        .await
+        .unwrap();
+    let delete = csi::DeleteVolumeRequest {
+        volume_id: "legacy".into(),
+        ..csi::DeleteVolumeRequest::default()
+    };
+    service.delete_volume(Request::new(delete)).await.unwrap();
+}

@@ -3,6 +3,7 @@
 use tonic::Status;
 
 use crate::attach::{Attacher, Device, Request};
+use crate::tls::Secret;
 use crate::volumes::VolumeId;
 
 /// The block devices of this machine's volumes. Every call may be repeated.
@@ -17,7 +18,10 @@ pub trait Devices: Send + Sync + 'static {
     /// Disconnects a volume's device; of a volume that is not attached, does nothing.
     async fn detach(&self, volume: &VolumeId) -> Result<(), Status>;
 
-    /// Tells the kernel that a volume has grown to `size_bytes`, and returns the device's size.
+    /// Shows this Secret to the foreign server of a volume that is attached, from now on.
+    async fn renew_secret(&self, volume: &VolumeId, secret: Secret) -> Result<(), Status>;
+
+    /// Tells the kernel that a volume has grown to `size_bytes` at least, and returns the device's size.
     async fn grow(&self, volume: &VolumeId, size_bytes: u64) -> Result<u64, Status>;
 }
 
@@ -33,6 +37,10 @@ impl Devices for Attacher {
 
     async fn detach(&self, volume: &VolumeId) -> Result<(), Status> {
         Ok(Self::detach(self, volume).await?)
+    }
+
+    async fn renew_secret(&self, volume: &VolumeId, secret: Secret) -> Result<(), Status> {
+        Ok(Self::renew_secret(self, volume, secret).await?)
     }
 
     async fn grow(&self, volume: &VolumeId, size_bytes: u64) -> Result<u64, Status> {

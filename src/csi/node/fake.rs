@@ -10,8 +10,9 @@ use tonic::{Code, Status};
 
 use super::devices::Devices;
 use super::host::Host;
-use crate::attach::{Device, Request, Transport};
+use crate::attach::{Device, Foreign, Request, Transport};
 use crate::filesystem::{FilesystemError, Kind, MountPoint, Usage};
+use crate::tls::Secret;
 use crate::volumes::VolumeId;
 
 /// What happens at the step that is to go wrong.
@@ -34,6 +35,9 @@ pub(super) struct Fake {
     died: tokio::sync::Notify,
     pub(super) groups: Mutex<Vec<u32>>,
     pub(super) grown: AtomicUsize,
+    pub(super) renewed: AtomicUsize,
+    /// Of the last attach.
+    pub(super) foreign: Mutex<Option<Foreign>>,
     pub(super) held_elsewhere: AtomicBool,
 }
 
@@ -150,6 +154,7 @@ impl Fake {
 impl Devices for Fake {
     async fn attach(&self, request: Request) -> Result<Device, Status> {
         let path = self.device_path(&request.volume);
+        self.foreign.lock().unwrap().clone_from(&request.foreign);
         self.step(|| {
             let device = Device {
                 index: 0,
@@ -180,6 +185,11 @@ impl Devices for Fake {
             self.attached.lock().unwrap().remove(volume);
         })
         .await
+    }
+
+    async fn renew_secret(&self, _: &VolumeId, _: Secret) -> Result<(), Status> {
+        self.renewed.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 
     async fn grow(&self, volume: &VolumeId, size_bytes: u64) -> Result<u64, Status> {

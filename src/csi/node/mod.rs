@@ -4,6 +4,7 @@
 //! kernel, with [`record`] to remember what was asked.
 
 mod devices;
+mod format;
 mod host;
 mod mounts;
 mod publish;
@@ -21,6 +22,7 @@ use tonic::{Request, Response, Status};
 pub use self::devices::Devices;
 pub(super) use self::record::RecordError;
 
+use self::format::Formats;
 use self::host::{Host, Machine};
 use self::mounts::resolve;
 use self::publish::Publish;
@@ -28,10 +30,11 @@ use self::record::Records;
 use self::stage::Stage;
 use self::volume::Fill;
 use super::capability::{Capability, Refusal};
+use super::foreign;
 use super::locks::Locks;
 use super::parameters::Parameters;
 use super::request::{self, Size};
-use super::status::{invalid, not_found, precondition};
+use super::status::{invalid, precondition};
 use super::{ATTACHMENT, NodeServices, READ_ONLY};
 use crate::proto::csi;
 use crate::proto::csi::node_server::Node;
@@ -60,6 +63,7 @@ struct Inner {
     devices: Arc<dyn Devices>,
     host: Box<dyn Host>,
     records: Records,
+    formats: Formats,
 }
 
 impl NodeService {
@@ -75,17 +79,12 @@ impl NodeService {
                 volumes: services.volumes,
                 devices: services.devices,
                 host,
+                formats: Formats::new(services.state.join("foreign")),
                 records: Records::new(services.state),
             }),
             locks: Locks::default(),
         }
     }
-}
-
-/// A required id of a volume that may be on this node. What is no id of ours is a volume that does not exist.
-fn volume_id(text: &str) -> Result<VolumeId, Status> {
-    text.parse()
-        .map_err(|_| not_found(format!("volume {text:?} does not exist")))
 }
 
 /// What stage and publish requests have in common, checked.
@@ -100,7 +99,12 @@ fn stage(
     request::secrets(&secrets)?;
     request::map("publish_context", publish_context)?;
     request::map("volume_context", volume_context)?;
-    let volume = self::volume_id(volume_id)?;
+    let context = match volume_context.is_empty() {
+        true => None,
+        false => Some(Parameters::parse_context(volume_context)?),
+    };
+    let foreign = context.as_ref().and_then(|context| context.foreign.clone());
+    let foreign = foreign::named(volume_id, foreign)?;
     let attachment: AttachmentId = publish_context
         .get(ATTACHMENT)
         .ok_or_else(|| {
@@ -118,12 +122,10 @@ fn stage(
             )));
         }
     };
-    let context = match volume_context.is_empty() {
-        true => None,
-        false => Some(Parameters::parse_context(volume_context)?),
-    };
     Ok(Stage {
-        volume,
+        handle: volume_id.to_owned(),
+        volume: VolumeId::of_handle(volume_id),
+        foreign,
         attachment,
         read_only,
         path,
@@ -195,10 +197,7 @@ impl Node for NodeService {
         let request = request.into_inner();
         request::required("volume_id", &request.volume_id)?;
         let path = request::path("staging_target_path", &request.staging_target_path)?;
-        // What is no volume of ours is not staged by us: that is a success.
-        let Ok(volume) = request.volume_id.parse() else {
-            return Ok(Response::new(csi::NodeUnstageVolumeResponse {}));
-        };
+        let volume = VolumeId::of_handle(&request.volume_id);
         let inner = self.inner.clone();
         self.locks
             .run("NodeUnstageVolume", &request.volume_id, async move {
@@ -250,9 +249,7 @@ impl Node for NodeService {
         let request = request.into_inner();
         request::required("volume_id", &request.volume_id)?;
         let target = request::path("target_path", &request.target_path)?;
-        let Ok(volume) = request.volume_id.parse() else {
-            return Ok(Response::new(csi::NodeUnpublishVolumeResponse {}));
-        };
+        let volume = VolumeId::of_handle(&request.volume_id);
         let inner = self.inner.clone();
         self.locks
             .run("NodeUnpublishVolume", &request.volume_id, async move {
@@ -269,7 +266,7 @@ impl Node for NodeService {
         let request = request.into_inner();
         request::required("volume_id", &request.volume_id)?;
         request::required_path("volume_path", &request.volume_path)?;
-        let volume = volume_id(&request.volume_id)?;
+        let volume = VolumeId::of_handle(&request.volume_id);
         let fill = self.inner.fill(&volume, &request.volume_path).await?;
         Ok(Response::new(csi::NodeGetVolumeStatsResponse {
             usage: to_csi(&fill),
@@ -288,7 +285,7 @@ impl Node for NodeService {
         if let Some(capability) = request.volume_capability {
             Capability::parse(Some(capability))?;
         }
-        let volume = volume_id(&request.volume_id)?;
+        let volume = VolumeId::of_handle(&request.volume_id);
         let inner = self.inner.clone();
         self.locks
             .run("NodeExpandVolume", &request.volume_id, async move {

@@ -72,16 +72,25 @@ impl Inner {
         let record = self.records.load(volume)?;
         let device = self.devices.find(volume).await?;
         if record.is_none() && device.is_none() {
-            // Whether there is such a volume is for the installation to say.
-            self.volumes.find(volume).await?;
+            // Whether there is such a volume is for the installation to say, or for nobody.
+            if stage.foreign.is_none() {
+                self.volumes.find(volume).await?;
+            }
             return Err(precondition(format!(
                 "volume {volume} is not staged on this node; NodeStageVolume comes first"
             )));
         }
         if let (Some(record), Some(device)) = (record, &device) {
             let mounts = Mounts::look(self.host.as_ref(), Some(device))?;
-            let is_asked = record.path == stage.path && record.attachment == stage.attachment;
+            let is_asked = record.path == stage.path
+                && record.attachment == stage.attachment
+                && record.foreign == stage.foreign;
             if is_asked && is_staged(&record, &mounts) {
+                if stage.foreign.is_some()
+                    && let Some(secret) = stage.secret()?
+                {
+                    self.devices.renew_secret(volume, secret).await?;
+                }
                 return Ok(record);
             }
         }

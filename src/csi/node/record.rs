@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::attach::Foreign;
 use crate::filesystem::Kind;
 use crate::storage;
 use crate::volumes::{AccessMode, AttachmentId, Content, VolumeId};
@@ -21,6 +22,9 @@ const SIZE_LIMIT: u64 = 1 << 20;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Staged {
     pub(super) volume: VolumeId,
+    /// Where the volume is, if its server is not Hawser's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) foreign: Option<Foreign>,
     pub(super) attachment: AttachmentId,
     pub(super) path: PathBuf,
     pub(super) content: Content,
@@ -160,6 +164,7 @@ mod tests {
         records.remove(&volume).unwrap();
         let staged = Staged {
             volume: volume.clone(),
+            foreign: None,
             attachment: AttachmentId::from_bytes([2; 16]),
             path: "/staging".into(),
             content: Content::Filesystem,

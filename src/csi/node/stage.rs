@@ -6,23 +6,28 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::Inner;
+use super::format::{decide, decide_foreign};
 use super::mounts::Mounts;
 use super::record::Staged;
 use super::steps::Steps;
-use crate::attach::{Device, Request};
+use crate::attach::{Device, Foreign, Request};
 use crate::csi::capability::{Access, Capability, Mount};
 use crate::csi::parameters::Parameters;
-use crate::csi::status::{exists, invalid, precondition};
-use crate::filesystem::{self, Before, Kind, Probe};
-use crate::tls::{self, Secret, Side};
-use crate::volumes::{self, AttachmentId, Content, Format, Volume, VolumeId};
+use crate::csi::status::{exists, invalid, precondition, status};
+use crate::filesystem::{self, Kind};
+use crate::tls::{self, CertificateError, Secret, Side};
+use crate::volumes::{AttachmentId, Content, Format, Volume, VolumeId, VolumeOptions};
 
 /// A checked request for a staged volume.
 pub(super) struct Stage {
+    /// What the orchestrator calls the volume, and what we do.
+    pub(super) handle: String,
     pub(super) volume: VolumeId,
+    /// Where the volume is, if its server is not Hawser's.
+    pub(super) foreign: Option<Foreign>,
     pub(super) attachment: AttachmentId,
     /// Whether the attachment may not write.
     pub(super) read_only: bool,
@@ -33,21 +38,28 @@ pub(super) struct Stage {
     pub(super) context: Option<Parameters>,
 }
 
+impl Stage {
+    /// The Secret that the request carries, if it carries one. An orchestrator may hand one map of secrets to every call;
+    /// others than ours are none.
+    pub(super) fn secret(&self) -> Result<Option<Secret>, CertificateError> {
+        let ours = [tls::CERTIFICATE, tls::KEY, tls::AUTHORITIES];
+        if !ours.iter().any(|&key| self.secrets.contains_key(key)) {
+            return Ok(None);
+        }
+        let parts: BTreeMap<_, _> = self
+            .secrets
+            .iter()
+            .map(|(key, value)| (key.clone(), value.clone().into_bytes()))
+            .collect();
+        let origin = format!("the secrets of the request for {}", self.handle);
+        Secret::from_map(&origin, &parts, Side::Client).map(Some)
+    }
+}
+
 impl Inner {
     /// Stages a volume, or finds it staged as asked, and returns the record of it.
     pub(super) async fn stage(&self, stage: Stage) -> Result<Staged, Status> {
-        let volume = self.volumes.find(&stage.volume).await?;
-        stage
-            .capability
-            .fits(&volume)
-            .map_err(|refusal| refusal.on_node())?;
-        let parameters = Parameters::recorded(&volume.options.context)?;
-        if stage.context.as_ref().is_some_and(|c| *c != parameters) {
-            return Err(invalid(format!(
-                "volume_context is not that of volume {}",
-                volume.id
-            )));
-        }
+        let (volume, parameters) = self.volume(&stage).await?;
         let old = self.records.load(&volume.id)?;
         let mut wanted = wanted(&stage, &volume, &parameters)?;
         let device = self.devices.find(&volume.id).await?;
@@ -86,6 +98,44 @@ impl Inner {
         Ok(wanted)
     }
 
+    /// The volume, as the installation has recorded it or, of a foreign one, as the request describes it.
+    async fn volume(&self, stage: &Stage) -> Result<(Volume, Parameters), Status> {
+        if stage.foreign.is_some() {
+            let volume = Volume {
+                id: stage.volume.clone(),
+                name: stage.handle.clone(),
+                size_bytes: 0,
+                options: VolumeOptions {
+                    content: stage.capability.content(),
+                    context: BTreeMap::new(),
+                },
+                format: self.formats.load(&stage.volume)?,
+                attachments: Vec::new(),
+            };
+            return Ok((volume, stage.context.clone().unwrap_or_default()));
+        }
+        let volume = self.volumes.find(&stage.volume).await?;
+        stage
+            .capability
+            .fits(&volume)
+            .map_err(|refusal| refusal.on_node())?;
+        let parameters = Parameters::recorded(&volume.options.context)?;
+        if stage.context.as_ref().is_some_and(|c| *c != parameters) {
+            return Err(invalid(format!(
+                "volume_context is not that of volume {}",
+                volume.id
+            )));
+        }
+        Ok((volume, parameters))
+    }
+
+    async fn set_format(&self, stage: &Stage, format: Format) -> Result<(), Status> {
+        match &stage.foreign {
+            Some(_) => self.formats.save(&stage.volume, &format),
+            None => Ok(self.volumes.set_format(&stage.volume, format).await?),
+        }
+    }
+
     /// Attaches the volume and, where it is a file system, mounts it.
     async fn connect(
         &self,
@@ -95,7 +145,7 @@ impl Inner {
         parameters: Parameters,
     ) -> Result<(), Status> {
         let mut steps = Steps::begin();
-        let secret = self.client_secret(&volume.id, &stage.secrets).await?;
+        let secret = self.client_secret(stage).await?;
         steps.done("secret");
         let device = self
             .devices
@@ -104,15 +154,24 @@ impl Inner {
                 attachment: stage.attachment.clone(),
                 secret,
                 read_only: stage.read_only,
-                options: parameters.options,
+                options: parameters.options.clone(),
+                foreign: stage.foreign.clone(),
             })
             .await?;
         steps.done("attach");
         if let (Some(kind), Access::Mount(mount)) = (wanted.kind, &stage.capability.access) {
             let mounts = Mounts::look(self.host.as_ref(), Some(&device))?;
             if mounts.ours_at(&wanted.path).is_none() {
-                self.mount(&volume, &device, kind, wanted, &mut steps)
-                    .await?;
+                self.mount(
+                    stage,
+                    &volume,
+                    &parameters,
+                    &device,
+                    kind,
+                    wanted,
+                    &mut steps,
+                )
+                .await?;
             }
             self.give_to_group(mount, &wanted.path, wanted.read_only || device.read_only)
                 .await?;
@@ -128,9 +187,15 @@ impl Inner {
     }
 
     /// Probe, format if that was never done, check, mount, grow.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one step of `connect`, with all that it has found"
+    )]
     async fn mount(
         &self,
+        stage: &Stage,
         volume: &Volume,
+        parameters: &Parameters,
         device: &Device,
         kind: Kind,
         wanted: &Staged,
@@ -146,14 +211,22 @@ impl Inner {
         let probe = filesystem::probe(&device.path).await?;
         steps.done("probe");
         let may_write = !device.read_only;
-        let decision = decide(volume, kind, &probe, may_write)?;
+        let decision = match stage.foreign {
+            Some(_) => decide_foreign(
+                volume,
+                kind,
+                &probe.content,
+                may_write,
+                parameters.formatting,
+            )?,
+            None => decide(volume, kind, &probe.content, may_write)?,
+        };
+        let fs = kind.to_string();
         if let Some(before) = decision {
-            let fs = kind.to_string();
             let started = Format::Started { fs: fs.clone() };
-            self.volumes.set_format(&volume.id, started).await?;
+            self.set_format(stage, started).await?;
             filesystem::format(&device.path, kind, before).await?;
-            let done = Format::Done { fs };
-            self.volumes.set_format(&volume.id, done).await?;
+            self.set_format(stage, Format::Done { fs }).await?;
             steps.done("format");
         } else if may_write && wanted.mode.is_single_node() {
             // The device is ours alone: no other node is attached, and nobody here has it open for himself.
@@ -165,6 +238,16 @@ impl Inner {
             .mount(&device.path, kind, &wanted.path, &wanted.flags, read_only)
             .await?;
         steps.done("mount");
+        if stage.foreign.is_some() {
+            // Others may have made it; what counts is that something is there now.
+            self.set_format(
+                stage,
+                Format::Done {
+                    fs: kind.to_string(),
+                },
+            )
+            .await?;
+        }
         if decision.is_none() && !read_only && probe.has_room_to_grow(kind) {
             self.host.grow(&device.path, kind, &wanted.path).await?;
             steps.done("grow");
@@ -187,26 +270,34 @@ impl Inner {
     }
 
     /// The client's certificate: from the request or, where that carries none, from the installation.
-    async fn client_secret(
-        &self,
-        volume: &VolumeId,
-        secrets: &HashMap<String, String>,
-    ) -> Result<Secret, Status> {
-        // An orchestrator may hand one map of secrets to every call; others than ours are none.
-        let ours = [tls::CERTIFICATE, tls::KEY, tls::AUTHORITIES];
-        let (origin, parts) = if ours.iter().any(|&key| secrets.contains_key(key)) {
-            let parts: BTreeMap<_, _> = secrets
-                .iter()
-                .map(|(key, value)| (key.clone(), value.clone().into_bytes()))
-                .collect();
-            (format!("the secrets of the request for {volume}"), parts)
-        } else {
-            let parts = self.volumes.client_secret(volume).await?;
-            (format!("the client Secret of {volume}"), parts)
-        };
-        let secret = Secret::from_map(&origin, &parts, Side::Client)?;
-        secret.check_identity(&tls::client_identity(volume))?;
-        Ok(secret)
+    async fn client_secret(&self, stage: &Stage) -> Result<Secret, Status> {
+        let volume = &stage.volume;
+        match (stage.secret()?, &stage.foreign) {
+            (Some(secret), Some(_)) => Ok(secret),
+            (None, Some(_)) => Err(status(
+                Code::Unauthenticated,
+                format!(
+                    "volume {}: its server is not Hawser's, so the request must carry a client's Secret with {}, {} and {}: \
+                     name one in the PersistentVolume's nodeStageSecretRef and nodePublishSecretRef",
+                    stage.handle,
+                    tls::CERTIFICATE,
+                    tls::KEY,
+                    tls::AUTHORITIES
+                ),
+            )),
+            (secret, None) => {
+                let secret = match secret {
+                    Some(secret) => secret,
+                    None => {
+                        let parts = self.volumes.client_secret(volume).await?;
+                        let origin = format!("the client Secret of {volume}");
+                        Secret::from_map(&origin, &parts, Side::Client)?
+                    }
+                };
+                secret.check_identity(&tls::client_identity(volume))?;
+                Ok(secret)
+            }
+        }
     }
 
     /// Takes back what a failed staging left. Whatever cannot be undone now is undone by NodeUnstageVolume, which the
@@ -305,8 +396,13 @@ fn wanted(stage: &Stage, volume: &Volume, parameters: &Parameters) -> Result<Sta
     let (kind, flags, read_only) = match &stage.capability.access {
         Access::Block => (None, Vec::new(), stage.read_only),
         Access::Mount(mount) => {
+            let asked = mount.kind.or(parameters.kind);
             let kind = match &volume.format {
-                Format::Never => mount.kind.or(parameters.kind).unwrap_or_default(),
+                Format::Never => asked.unwrap_or_default(),
+                // Whoever runs the server may have put something else there meanwhile.
+                Format::Started { fs } | Format::Done { fs } if stage.foreign.is_some() => {
+                    asked.or_else(|| fs.parse().ok()).unwrap_or_default()
+                }
                 Format::Started { fs } | Format::Done { fs } => {
                     let recorded = fs.parse().map_err(|error| {
                         precondition(format!("volume {} is recorded with a {error}", volume.id))
@@ -327,6 +423,7 @@ fn wanted(stage: &Stage, volume: &Volume, parameters: &Parameters) -> Result<Sta
     let mode = stage.capability.mode;
     Ok(Staged {
         volume: volume.id.clone(),
+        foreign: stage.foreign.clone(),
         attachment: stage.attachment.clone(),
         path: stage.path.clone(),
         content: stage.capability.content(),
@@ -357,7 +454,7 @@ fn check_same(staged: &Staged, wanted: &Staged) -> Result<(), Status> {
         return Ok(());
     }
     Err(exists(format!(
-        "volume {} is staged at {} already, with another capability",
+        "volume {} is staged at {} already, with another capability or from another server",
         staged.volume,
         staged.path.display()
     )))
@@ -375,51 +472,5 @@ fn check_directory(path: &Path) -> Result<(), Status> {
             "staging_target_path {}: {error}",
             path.display()
         ))),
-    }
-}
-
-/// Whether a device is to be formatted, and over what: only when the record *and* the device agree that nothing is
-/// there. `None` means that the file system is there already.
-fn decide(
-    volume: &volumes::Volume,
-    kind: Kind,
-    probe: &Probe,
-    may_write: bool,
-) -> Result<Option<Before>, Status> {
-    use crate::filesystem::Content::{Empty, Filesystem, Other};
-
-    let id = &volume.id;
-    let before = match (&volume.format, &probe.content) {
-        (Format::Done { .. }, Filesystem(found)) if found == kind.as_str() => return Ok(None),
-        (Format::Done { .. }, found) => {
-            return Err(precondition(format!(
-                "volume {id} was formatted with {kind}, but its device shows {}; it is not formatted again, and \
-                 needs a look by hand",
-                describe(found)
-            )));
-        }
-        (Format::Never, Empty) => Before::Empty,
-        (Format::Never, found @ (Filesystem(_) | Other(_))) => {
-            return Err(precondition(format!(
-                "volume {id} was never formatted, but its device shows {}; it is not formatted over that",
-                describe(found)
-            )));
-        }
-        // mkfs was broken off, and nothing was ever mounted.
-        (Format::Started { .. }, _) => Before::Unfinished,
-    };
-    if may_write {
-        return Ok(Some(before));
-    }
-    Err(precondition(format!(
-        "volume {id} is not formatted yet, and cannot be through a read-only attachment; publish it for writing once"
-    )))
-}
-
-fn describe(content: &filesystem::Content) -> String {
-    match content {
-        filesystem::Content::Empty => "nothing".into(),
-        filesystem::Content::Filesystem(kind) => format!("a {kind} file system"),
-        filesystem::Content::Other(other) => other.clone(),
     }
 }

@@ -14,6 +14,7 @@ use crate::proto::csi::volume_capability::{AccessMode, AccessType, BlockVolume, 
 use crate::proto::csi::{CapacityRange, VolumeCapability};
 use crate::volumes::{self, Content, CreateRequest, Format, VolumeOptions, Volumes};
 
+mod foreign;
 mod life;
 mod publishing;
 mod staging;

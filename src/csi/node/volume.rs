@@ -80,17 +80,22 @@ impl Inner {
         size: Option<Size>,
     ) -> Result<u64, Status> {
         let (device, mounts, place) = self.place(volume, path).await?;
-        let recorded = self.volumes.find(volume).await?;
-        if let Some(size) = size
-            && size.required > recorded.size_bytes
-        {
-            return Err(out_of_range(format!(
-                "volume {volume} has {} bytes, not {}; ControllerExpandVolume comes first",
-                recorded.size_bytes, size.required
-            )));
-        }
+        let required = size.map_or(0, |size| size.required);
+        let staged = self.records.load(volume)?;
+        let wanted = if staged.is_some_and(|staged| staged.foreign.is_some()) {
+            // Its size is what its server says.
+            required
+        } else {
+            let recorded = self.volumes.find(volume).await?.size_bytes;
+            if required > recorded {
+                return Err(out_of_range(format!(
+                    "volume {volume} has {recorded} bytes, not {required}; ControllerExpandVolume comes first"
+                )));
+            }
+            recorded
+        };
         let mut steps = Steps::begin();
-        let bytes = self.devices.grow(volume, recorded.size_bytes).await?;
+        let bytes = self.devices.grow(volume, wanted).await?;
         steps.done("device");
         if let Place::Mounted(mount) = place {
             // The file system grows through a mount that can be written to: the place itself may be read-only.
