@@ -32,6 +32,7 @@ enum Role {
     Standalone(hawser::standalone::Args),
     Demo(hawser::demo::Args),
     Manifests(hawser::kube::manifests::Args),
+    Hook(hawser::kube::hook::Args),
 }
 
 /// Exit status of a command line that makes no sense, as in sysexits.h.
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         Role::Standalone(args) => hawser::standalone::run(args),
         Role::Demo(args) => hawser::demo::run(&args),
         Role::Manifests(args) => hawser::kube::manifests::run(&args),
+        Role::Hook(args) => hawser::kube::hook::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("hawser: {error:#}");

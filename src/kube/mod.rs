@@ -5,4 +5,5 @@
 
 pub mod api;
 pub mod apply;
+pub mod hook;
 pub mod manifests;
