@@ -141,3 +141,8 @@ httpGet:
 app.kubernetes.io/name: hawser
 app.kubernetes.io/component: server
 {{- end -}}
+
+{{/* How to roll out, which is said only where something rolls. */}}
+{{- define "hawser.strategy" -}}
+{{- eq .type "RollingUpdate" | ternary . (omit . "rollingUpdate") | toYaml -}}
+{{- end -}}
