@@ -2,6 +2,7 @@
 //!
 //! The folders are the architecture; `docs/design/contracts.md` says which owns what and how they meet.
 
+mod admission;
 pub mod attach;
 pub mod client;
 pub mod control;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 
-use rustls::crypto::aws_lc_rs::cipher_suite;
+use rustls::crypto::aws_lc_rs::{cipher_suite, default_provider};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -106,6 +106,27 @@ macro_rules! hex_name {
     };
 }
 
+impl VolumeId {
+    /// The id of the volume with that CSI name: from its SHA-256, so that creating twice finds the first.
+    #[must_use]
+    pub fn of_name(name: &str) -> Self {
+        Self::from_bytes(digest(&[name]))
+    }
+}
+
+impl AttachmentId {
+    /// A new one that nobody had before.
+    pub fn random() -> Result<Self, VolumesError> {
+        let mut bytes = [0; 16];
+        let filled = default_provider().secure_random.fill(&mut bytes);
+        filled.map_err(|_| VolumesError::Internal {
+            doing: "cannot draw random bytes".to_owned(),
+            source: None,
+        })?;
+        Ok(Self::from_bytes(bytes))
+    }
+}
+
 hex_name!(VolumeId, "vol-", "volume id");
 hex_name!(AttachmentId, "att-", "attachment id");
 
@@ -197,6 +218,40 @@ pub struct CreateRequest {
     /// Bytes at most, if the CO set a limit.
     pub limit_bytes: Option<u64>,
     pub options: VolumeOptions,
+    /// Where to keep it, in an installation of more than one machine.
+    pub placement: Placement,
+    /// Who makes its certificates.
+    pub certificates: Certificates,
+}
+
+/// Key and value pairs that say where a node is.
+pub type Topology = BTreeMap<String, String>;
+
+/// Where a volume may be kept, so that it can be used where it is wanted.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Placement {
+    /// The pool, where there are several.
+    pub pool: Option<String>,
+    /// It must be usable from one of these at least; none asks for nothing.
+    pub requisite: Vec<Topology>,
+    /// The same, in the order of preference.
+    pub preferred: Vec<Topology>,
+}
+
+/// Who makes a volume's certificates.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Certificates {
+    /// The installation's own authority.
+    #[default]
+    Managed,
+    /// cert-manager, through one of its issuers.
+    CertManager {
+        issuer: String,
+        kind: String,
+        group: String,
+    },
+    /// Somebody else: the server's Secret has this name, or the usual one.
+    Secret { server: Option<String> },
 }
 
 /// One allowed attachment.
@@ -325,8 +380,18 @@ pub trait Volumes: Send + Sync + 'static {
         limit_bytes: Option<u64>,
     ) -> Result<u64, VolumesError>;
 
-    /// Room for new volumes.
-    async fn capacity(&self) -> Result<Capacity, VolumesError>;
+    /// Room for new volumes in such a place.
+    async fn capacity(&self, place: &Placement) -> Result<Capacity, VolumesError>;
+
+    /// Whether volumes can be used from some nodes only, which [`Volumes::accessible_from`] says.
+    fn has_topology(&self) -> bool {
+        false
+    }
+
+    /// From where a volume can be used: from any of these; none means everywhere.
+    async fn accessible_from(&self, _: &VolumeId) -> Result<Vec<Topology>, VolumesError> {
+        Ok(Vec::new())
+    }
 
     /// Records that `node` uses an export that Hawser neither made nor serves, and that one node alone does unless all
     /// only read. Nobody tells the server: it keeps no other client away.
@@ -404,5 +469,19 @@ mod tests {
         let on = |node| AttachmentId::unrecorded("legacy-disk", node);
         assert_eq!(on("a"), on("a"));
         assert_ne!(on("a"), on("b"));
+    }
+
+    #[test]
+    fn ids_are_the_hash_of_the_name() {
+        // sha256sum of "pvc-1".
+        assert_eq!(
+            VolumeId::of_name("pvc-1").as_str(),
+            "vol-f2868e1aa7cab669517cd9f5ab1b7957"
+        );
+        assert_ne!(VolumeId::of_name("pvc-1"), VolumeId::of_name("pvc-2"));
+        assert_ne!(
+            AttachmentId::random().unwrap(),
+            AttachmentId::random().unwrap()
+        );
     }
 }

@@ -19,7 +19,8 @@ use crate::proto::csi::controller_service_capability::{self as capability, Rpc, 
 use crate::proto::csi::validate_volume_capabilities_response::Confirmed;
 use crate::proto::csi::volume_content_source;
 use crate::volumes::{
-    Attachment, Content, CreateRequest, Volume, VolumeId, VolumeOptions, Volumes,
+    Attachment, Content, CreateRequest, Placement, Topology, Volume, VolumeId, VolumeOptions,
+    Volumes,
 };
 
 /// Bytes of a volume whose size nobody asked for.
@@ -79,14 +80,28 @@ fn is_foreign(handle: &str, context: &HashMap<String, String>) -> Result<bool, S
     Ok(foreign::named(handle, described)?.is_some())
 }
 
-fn to_csi(volume: Volume) -> csi::Volume {
+fn to_csi(volume: Volume, accessible_from: Vec<Topology>) -> csi::Volume {
     csi::Volume {
         capacity_bytes: i64::try_from(volume.size_bytes).unwrap_or(i64::MAX),
         volume_id: volume.id.into(),
         volume_context: volume.options.context.into_iter().collect(),
         content_source: None,
-        accessible_topology: Vec::new(),
+        accessible_topology: accessible_from.into_iter().map(topology).collect(),
     }
+}
+
+fn topology(segments: Topology) -> csi::Topology {
+    csi::Topology {
+        segments: segments.into_iter().collect(),
+    }
+}
+
+fn topologies(list: Vec<csi::Topology>) -> Result<Vec<Topology>, Status> {
+    let segments = |topology: csi::Topology| {
+        request::map("accessibility_requirements", &topology.segments)?;
+        Ok(topology.segments.into_iter().collect())
+    };
+    list.into_iter().map(segments).collect()
 }
 
 fn published_nodes(volume: &Volume) -> Vec<String> {
@@ -142,7 +157,7 @@ fn published(attachment: Attachment) -> csi::ControllerPublishVolumeResponse {
 }
 
 /// Checks a CreateVolume request and says what it asks for.
-fn wanted(request: csi::CreateVolumeRequest) -> Result<CreateRequest, Status> {
+fn wanted(request: csi::CreateVolumeRequest, has_topology: bool) -> Result<CreateRequest, Status> {
     let name = request::name(&request.name)?.to_owned();
     let (content, kind) = content(&capabilities(request.volume_capabilities)?)?;
     request::map("parameters", &request.parameters)?;
@@ -159,11 +174,17 @@ fn wanted(request: csi::CreateVolumeRequest) -> Result<CreateRequest, Status> {
             None => "volume_content_source says neither snapshot nor volume",
         }));
     }
-    if request.accessibility_requirements.is_some() {
+    if request.accessibility_requirements.is_some() && !has_topology {
         return Err(invalid(
             "accessibility_requirements: volumes have no topology, every node reaches each of them",
         ));
     }
+    let places = request.accessibility_requirements.unwrap_or_default();
+    let placement = Placement {
+        pool: parameters.pool.clone(),
+        requisite: topologies(places.requisite)?,
+        preferred: topologies(places.preferred)?,
+    };
     if !request.mutable_parameters.is_empty() {
         return Err(invalid("mutable_parameters: there are none"));
     }
@@ -199,6 +220,8 @@ fn wanted(request: csi::CreateVolumeRequest) -> Result<CreateRequest, Status> {
         required_bytes: size.required,
         limit_bytes: size.limit,
         options: VolumeOptions { content, context },
+        placement,
+        certificates: parameters.certificates,
     })
 }
 
@@ -238,7 +261,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<csi::CreateVolumeRequest>,
     ) -> Result<Response<csi::CreateVolumeResponse>, Status> {
-        let wanted = wanted(request.into_inner())?;
+        let wanted = wanted(request.into_inner(), self.volumes.has_topology())?;
         let volumes = self.volumes.clone();
         let name = wanted.name.clone();
         self.locks
@@ -248,8 +271,9 @@ impl Controller for ControllerService {
                 async move {
                     let volume = volumes.create(wanted).await?;
                     tracing::info!(id = %volume.id, bytes = volume.size_bytes, "volume is there");
+                    let from = volumes.accessible_from(&volume.id).await?;
                     Ok(csi::CreateVolumeResponse {
-                        volume: Some(to_csi(volume)),
+                        volume: Some(to_csi(volume, from)),
                     })
                 },
             )
@@ -426,7 +450,8 @@ impl Controller for ControllerService {
                 status: Some(csi::list_volumes_response::VolumeStatus {
                     published_node_ids: published_nodes(&volume),
                 }),
-                volume: Some(to_csi(volume)),
+                // Nobody reads topology here, and each volume's would be another question.
+                volume: Some(to_csi(volume, Vec::new())),
             })
             .collect();
         Ok(Response::new(csi::ListVolumesResponse {
@@ -441,11 +466,12 @@ impl Controller for ControllerService {
     ) -> Result<Response<csi::ControllerGetVolumeResponse>, Status> {
         let id = known_volume_id(&request.into_inner().volume_id)?;
         let volume = self.volumes.find(&id).await?;
+        let from = self.volumes.accessible_from(&id).await?;
         Ok(Response::new(csi::ControllerGetVolumeResponse {
             status: Some(csi::controller_get_volume_response::VolumeStatus {
                 published_node_ids: published_nodes(&volume),
             }),
-            volume: Some(to_csi(volume)),
+            volume: Some(to_csi(volume, from)),
         }))
     }
 
@@ -471,7 +497,12 @@ impl Controller for ControllerService {
             },
             None => MINIMUM_BLOCK_SIZE,
         };
-        let capacity = self.volumes.capacity().await?;
+        let place = Placement {
+            pool: parameters.pool,
+            requisite: topologies(request.accessible_topology.into_iter().collect())?,
+            preferred: Vec::new(),
+        };
+        let capacity = self.volumes.capacity(&place).await?;
         let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
         Ok(Response::new(csi::GetCapacityResponse {
             available_capacity: signed(capacity.available_bytes),
@@ -545,7 +576,7 @@ fn confirm_parameters(
         let mut asked = asked.map_err(|status| status.message().to_owned())?;
         // A capability may have named the file system instead.
         asked.kind = asked.kind.or(recorded.kind);
-        if asked == recorded {
+        if (&asked.options, asked.kind) == (&recorded.options, recorded.kind) {
             return Ok(());
         }
         Err(format!("{what}: volume {} was made with others", volume.id))

@@ -15,6 +15,8 @@ use crate::proto::csi::{
 pub(super) struct IdentityService {
     /// Whether the Controller service is served here as well.
     pub(super) has_controller: bool,
+    /// Whether some volumes can be used from some nodes only.
+    pub(super) has_topology: bool,
 }
 
 #[tonic::async_trait]
@@ -40,7 +42,15 @@ impl Identity for IdentityService {
         let controller = plugin_capability::Type::Service(Service {
             r#type: service::Type::ControllerService.into(),
         });
-        let capabilities = [Some(expansion), self.has_controller.then_some(controller)]
+        let topology = plugin_capability::Type::Service(Service {
+            r#type: service::Type::VolumeAccessibilityConstraints.into(),
+        });
+        let offered = [
+            Some(expansion),
+            self.has_controller.then_some(controller),
+            self.has_topology.then_some(topology),
+        ];
+        let capabilities = offered
             .into_iter()
             .flatten()
             .map(|r#type| PluginCapability {

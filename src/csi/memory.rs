@@ -7,8 +7,8 @@ use std::sync::Mutex;
 
 use crate::tls::Authority;
 use crate::volumes::{
-    AccessMode, Attachment, AttachmentId, Capacity, CreateRequest, Format, NodeVolumes, Volume,
-    VolumeId, Volumes, VolumesError,
+    AccessMode, Attachment, AttachmentId, Capacity, CreateRequest, Format, NodeVolumes, Placement,
+    Volume, VolumeId, Volumes, VolumesError,
 };
 
 /// Volumes that one node may have at one time.
@@ -193,7 +193,7 @@ impl Volumes for Memory {
         }
     }
 
-    async fn capacity(&self) -> Result<Capacity, VolumesError> {
+    async fn capacity(&self, _: &Placement) -> Result<Capacity, VolumesError> {
         Ok(Capacity {
             available_bytes: ROOM,
             maximum_volume_bytes: ROOM,

@@ -22,6 +22,7 @@ use tonic::transport::Server;
 use tonic::transport::server::Router;
 
 pub use self::node::Devices;
+pub(crate) use self::status::chain;
 use crate::proto::csi::controller_server::ControllerServer;
 use crate::proto::csi::identity_server::IdentityServer;
 use crate::proto::csi::node_server::NodeServer;
@@ -60,6 +61,10 @@ pub struct NodeServices {
 pub fn router(services: Services) -> Router {
     let identity = identity::IdentityService {
         has_controller: services.controller.is_some(),
+        has_topology: services
+            .controller
+            .as_ref()
+            .is_some_and(|volumes| volumes.has_topology()),
     };
     let controller = services.controller.map(controller::ControllerService::new);
     let node = services.node.map(node::NodeService::new);

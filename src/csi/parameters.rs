@@ -6,6 +6,10 @@
 //! | `verify` | `strict`: no attachment to a server that fails verification; `warn`; `off` | `strict` |
 //! | `ioTimeout` | 2 to 300 seconds until a request on a dead connection is sent again | 10 |
 //! | `reconnectTimeout` | 10 to 86400 seconds that I/O waits for a server before it fails | 600 |
+//! | `pool` | an NbdPool's name | the only one there is |
+//! | `certificates` | `managed`, `certManager`, `secret`: who makes them | `managed` |
+//! | `issuer`, `issuerKind`, `issuerGroup` | with `certManager`: its issuer | none, `Issuer`, `cert-manager.io` |
+//! | `serverSecret` | with `secret`: the Secret of the volumes' servers | `<volume id>-server` |
 //! | `csi.storage.k8s.io/fstype` | `ext4`, `xfs`, `btrfs`, where the capability names none | `ext4` |
 //!
 //! A static PersistentVolume on a server that is not Hawser's has two keys more in its `volume_context`, `uri` and
@@ -23,11 +27,31 @@ use super::foreign::{self, Formatting};
 use super::status::invalid;
 use crate::attach::{Foreign, Options};
 use crate::filesystem::Kind;
+use crate::volumes::Certificates;
 
 const CONNECTIONS: &str = "connections";
 const VERIFY: &str = "verify";
 const IO_TIMEOUT: &str = "ioTimeout";
 const RECONNECT_TIMEOUT: &str = "reconnectTimeout";
+const POOL: &str = "pool";
+const CERTIFICATES: &str = "certificates";
+const ISSUER: &str = "issuer";
+const ISSUER_KIND: &str = "issuerKind";
+const ISSUER_GROUP: &str = "issuerGroup";
+const SERVER_SECRET: &str = "serverSecret";
+
+/// What only the controller acts on: no node needs to know.
+const CONTROLLERS: [&str; 6] = [
+    POOL,
+    CERTIFICATES,
+    ISSUER,
+    ISSUER_KIND,
+    ISSUER_GROUP,
+    SERVER_SECRET,
+];
+
+/// The longest name of a Kubernetes object.
+const NAME_LIMIT: usize = 253;
 pub(super) const FS_TYPE: &str = "csi.storage.k8s.io/fstype";
 pub(super) const URI: &str = "uri";
 const FORMAT: &str = "format";
@@ -56,6 +80,9 @@ pub(super) struct Parameters {
     pub(super) foreign: Option<Foreign>,
     /// Whether a file system may be made on a foreign export.
     pub(super) formatting: Formatting,
+    /// The pool that is to keep it, where there are several.
+    pub(super) pool: Option<String>,
+    pub(super) certificates: Certificates,
 }
 
 impl Parameters {
@@ -84,6 +111,7 @@ impl Parameters {
     pub(super) fn context(map: &HashMap<String, String>) -> BTreeMap<String, String> {
         map.iter()
             .filter(|(key, _)| !METADATA.contains(&key.as_str()))
+            .filter(|(key, _)| !CONTROLLERS.contains(&key.as_str()))
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect()
     }
@@ -100,6 +128,10 @@ impl Parameters {
         }
         if parameters.foreign.is_none() && map.contains_key(FORMAT) && problems.is_empty() {
             problems.push(format!("{FORMAT} goes with {URI} only"));
+        }
+        match certificates(map) {
+            Ok(certificates) => parameters.certificates = certificates,
+            Err(problem) => problems.push(problem),
         }
         if problems.is_empty() {
             Ok(parameters)
@@ -140,11 +172,15 @@ impl Parameters {
                     "{key:?} is for a PersistentVolume on a server of its own; Hawser makes volumes on its own only"
                 ));
             }
+            POOL => self.pool = Some(name(key, value)?),
+            // Read together, afterwards.
+            CERTIFICATES | ISSUER | ISSUER_KIND | ISSUER_GROUP | SERVER_SECRET => {}
             key if source.passes(key) => {}
             key => {
                 return Err(format!(
                     "{key:?} is unknown; there are {CONNECTIONS}, {VERIFY}, {IO_TIMEOUT}, \
-                     {RECONNECT_TIMEOUT}, {FS_TYPE}"
+                     {RECONNECT_TIMEOUT}, {FS_TYPE}, {}",
+                    CONTROLLERS.join(", ")
                 ));
             }
         }
@@ -169,6 +205,57 @@ impl Source {
             Self::Volume => KUBERNETES.iter().any(|prefix| key.starts_with(prefix)),
         }
     }
+}
+
+/// The name of a Kubernetes object.
+fn name(key: &str, value: &str) -> Result<String, String> {
+    let proper = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.');
+    if (1..=NAME_LIMIT).contains(&value.len()) && value.bytes().all(proper) {
+        return Ok(value.to_owned());
+    }
+    Err(format!("{key} {value:?} is not the name of an object"))
+}
+
+/// Who makes the certificates; what belongs to another source is refused rather than ignored.
+fn certificates(map: &HashMap<String, String>) -> Result<Certificates, String> {
+    let value = |key: &str| map.get(key).map(String::as_str);
+    let source = value(CERTIFICATES).unwrap_or("managed");
+    let allowed: &[&str] = match source {
+        "managed" => &[],
+        "certManager" => &[ISSUER, ISSUER_KIND, ISSUER_GROUP],
+        "secret" => &[SERVER_SECRET],
+        other => {
+            return Err(format!(
+                "{CERTIFICATES}: {other:?} is none of managed, certManager, secret"
+            ));
+        }
+    };
+    let all = [ISSUER, ISSUER_KIND, ISSUER_GROUP, SERVER_SECRET];
+    let mut foreign = all.iter().filter(|key| !allowed.contains(key));
+    if let Some(key) = foreign.find(|key| map.contains_key(**key)) {
+        return Err(format!(
+            "{key} says nothing where {CERTIFICATES} is {source}"
+        ));
+    }
+    Ok(match source {
+        "certManager" => Certificates::CertManager {
+            issuer: name(ISSUER, value(ISSUER).unwrap_or_default())?,
+            kind: match value(ISSUER_KIND).unwrap_or("Issuer") {
+                "" => return Err(format!("{ISSUER_KIND} is empty")),
+                kind => kind.to_owned(),
+            },
+            group: name(
+                ISSUER_GROUP,
+                value(ISSUER_GROUP).unwrap_or("cert-manager.io"),
+            )?,
+        },
+        "secret" => Certificates::Secret {
+            server: value(SERVER_SECRET)
+                .map(|text| name(SERVER_SECRET, text))
+                .transpose()?,
+        },
+        _ => Certificates::Managed,
+    })
 }
 
 fn number(key: &str, value: &str, range: RangeInclusive<u64>) -> Result<u64, String> {
@@ -207,6 +294,9 @@ mod tests {
             ("reconnectTimeout", "86400"),
             ("csi.storage.k8s.io/fstype", "btrfs"),
             ("csi.storage.k8s.io/pvc/name", "data"),
+            ("pool", "fast"),
+            ("certificates", "certManager"),
+            ("issuer", "storage"),
         ]);
         let parsed = Parameters::parse(&asked).unwrap();
         assert_eq!(
@@ -219,12 +309,23 @@ mod tests {
                     policy: Policy::Warn,
                 },
                 kind: Some(Kind::Btrfs),
+                pool: Some("fast".to_owned()),
+                certificates: Certificates::CertManager {
+                    issuer: "storage".to_owned(),
+                    kind: "Issuer".to_owned(),
+                    group: "cert-manager.io".to_owned(),
+                },
                 ..Parameters::default()
             }
         );
         let context = Parameters::context(&asked);
         assert!(!context.contains_key("csi.storage.k8s.io/pvc/name"));
-        assert_eq!(Parameters::recorded(&context).unwrap(), parsed);
+        assert!(!context.contains_key("pool") && !context.contains_key("issuer"));
+        let recorded = Parameters::recorded(&context).unwrap();
+        assert_eq!(
+            (recorded.options, recorded.kind),
+            (parsed.options, parsed.kind)
+        );
         assert_eq!(Parameters::parse(&map(&[])).unwrap(), Parameters::default());
     }
 
@@ -243,6 +344,12 @@ mod tests {
             ("reconnectTimeout", "-1"),
             ("csi.storage.k8s.io/fstype", "zfs"),
             ("csi.storage.k8s.io/nonsense", "1"),
+            ("pool", ""),
+            ("pool", "Fast"),
+            ("certificates", "mine"),
+            ("certificates", "certManager"),
+            ("issuer", "storage"),
+            ("serverSecret", "mine"),
         ] {
             let refused = Parameters::parse(&map(&[(key, value)])).unwrap_err();
             assert_eq!(refused.code(), tonic::Code::InvalidArgument);

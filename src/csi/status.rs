@@ -17,7 +17,7 @@ use crate::volumes::{InvalidName, VolumesError};
 const MESSAGE_LIMIT: usize = 2048;
 
 /// An error and its sources in one line, without saying twice what a message already repeats from its source.
-pub(super) fn chain(error: &dyn Error) -> String {
+pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(source) = next {

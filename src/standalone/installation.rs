@@ -11,20 +11,19 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use rustls::crypto::aws_lc_rs::{cipher_suite, default_provider};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::storage::{Overcommit, Record, StorageError, size};
 use crate::volumes::{
-    AccessMode, Attachment, AttachmentId, Capacity, CreateRequest, Format, NodeVolumes, Volume,
-    VolumeId, Volumes, VolumesError,
+    AccessMode, Attachment, AttachmentId, Capacity, CreateRequest, Format, NodeVolumes, Placement,
+    Volume, VolumeId, Volumes, VolumesError,
 };
 
-use super::admission::{Admission, Wanted, admit, check_format, check_name, check_same};
 use super::foreign::Foreign;
 use super::server::Server;
 use super::site::{Ground, Site};
+use crate::admission::{Admission, Wanted, admit, check_format, check_name, check_same};
 
 /// How long a call waits for another one on the same volume.
 const TURN: Duration = Duration::from_secs(10);
@@ -69,25 +68,6 @@ pub(super) struct Inner {
     pub(super) calls: TaskTracker,
     /// Held for as long as the state directory is ours.
     pub(super) _lock: File,
-}
-
-/// The id of the volume with that CSI name.
-fn id_of(name: &str) -> VolumeId {
-    // rustls names its hash functions by the cipher suites that use them.
-    let suite = cipher_suite::TLS13_CHACHA20_POLY1305_SHA256.tls13();
-    let hash = suite.map(|suite| suite.common.hash_provider.hash(name.as_bytes()));
-    let mut bytes = [0; 16];
-    if let Some(hash) = hash {
-        bytes.copy_from_slice(&hash.as_ref()[..16]);
-    }
-    VolumeId::from_bytes(bytes)
-}
-
-fn new_attachment_id() -> Result<AttachmentId, VolumesError> {
-    let mut bytes = [0; 16];
-    let filled = default_provider().secure_random.fill(&mut bytes);
-    filled.map_err(|_| internal("cannot draw random bytes"))?;
-    Ok(AttachmentId::from_bytes(bytes))
 }
 
 pub(super) fn internal(doing: &str) -> VolumesError {
@@ -166,7 +146,7 @@ impl Inner {
         check_name(&request.name)?;
         let size_bytes = size::settle(request.required_bytes, request.limit_bytes)
             .map_err(StorageError::from)?;
-        let id = id_of(&request.name);
+        let id = VolumeId::of_name(&request.name);
         let _turn = self.turn(&id).await?;
         let volume = id.clone();
         let record = self
@@ -245,7 +225,7 @@ impl Inner {
                 Admission::Present(present) => present,
                 Admission::Granted => {
                     self.check_node(&wanted.node)?;
-                    let granted = wanted.granted(new_attachment_id()?);
+                    let granted = wanted.granted(AttachmentId::random()?);
                     let recorded = granted.clone();
                     let add = |record: &mut Record| {
                         record.volume.attachments.push(recorded);
@@ -313,7 +293,7 @@ impl Inner {
             Admission::Present(present) => Ok(present),
             Admission::Granted => {
                 self.check_node(&wanted.node)?;
-                let granted = wanted.granted(new_attachment_id()?);
+                let granted = wanted.granted(AttachmentId::random()?);
                 used.push(granted.clone());
                 self.foreign.set(&handle, used)?;
                 Ok(granted)
@@ -497,7 +477,7 @@ impl Volumes for Installation {
             .await
     }
 
-    async fn capacity(&self) -> Result<Capacity, VolumesError> {
+    async fn capacity(&self, _: &Placement) -> Result<Capacity, VolumesError> {
         self.0.blocking(|ground| Ok(ground.pool.capacity()?)).await
     }
 }
@@ -535,21 +515,5 @@ impl NodeVolumes for Installation {
             inner.update(&id, set).await.map(|_| ())
         })
         .await
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ids_are_the_hash_of_the_name() {
-        // sha256sum of "pvc-1".
-        assert_eq!(
-            id_of("pvc-1").as_str(),
-            "vol-f2868e1aa7cab669517cd9f5ab1b7957"
-        );
-        assert_ne!(id_of("pvc-1"), id_of("pvc-2"));
-        assert_ne!(new_attachment_id().unwrap(), new_attachment_id().unwrap());
     }
 }

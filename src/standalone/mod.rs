@@ -1,6 +1,5 @@
 //! One machine without a cluster: state and Secrets in directories, servers as supervised processes.
 
-mod admission;
 mod command;
 mod foreign;
 mod installation;

@@ -46,6 +46,8 @@ impl Fixture {
                 content,
                 context: [("connections".to_owned(), "1".to_owned())].into(),
             },
+            placement: volumes::Placement::default(),
+            certificates: volumes::Certificates::default(),
         };
         let volume = memory.create(request).await.unwrap().id;
         let attached = memory

@@ -1,4 +1,4 @@
-//! What a volume's record allows to happen next: pure decisions, made before anything is changed.
+//! What a volume allows to happen next: pure decisions, made before anything is changed.
 
 use crate::volumes::{
     AccessMode, Attachment, AttachmentId, CreateRequest, Format, Volume, VolumesError,
@@ -8,7 +8,7 @@ use crate::volumes::{
 const NAME: usize = 128;
 
 /// Refuses names that CSI does not allow.
-pub(super) fn check_name(name: &str) -> Result<(), VolumesError> {
+pub(crate) fn check_name(name: &str) -> Result<(), VolumesError> {
     match name.len() {
         1..=NAME => Ok(()),
         length => Err(VolumesError::Invalid(format!(
@@ -18,7 +18,7 @@ pub(super) fn check_name(name: &str) -> Result<(), VolumesError> {
 }
 
 /// Refuses to take `volume` for what `request` asks, unless it is that.
-pub(super) fn check_same(volume: &Volume, request: &CreateRequest) -> Result<(), VolumesError> {
+pub(crate) fn check_same(volume: &Volume, request: &CreateRequest) -> Result<(), VolumesError> {
     let size = volume.size_bytes;
     let (ours, theirs) = (&volume.options, &request.options);
     let difference = if volume.name != request.name {
@@ -53,7 +53,7 @@ pub(super) fn check_same(volume: &Volume, request: &CreateRequest) -> Result<(),
 
 /// What becomes of a request to attach.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Admission {
+pub(crate) enum Admission {
     /// It is attached like that already.
     Present(Attachment),
     /// It may be attached, as `wanted` under a new id.
@@ -62,15 +62,15 @@ pub(super) enum Admission {
 
 /// An attachment that somebody asks for.
 #[derive(Debug, Clone)]
-pub(super) struct Wanted {
-    pub(super) node: String,
-    pub(super) mode: AccessMode,
-    pub(super) read_only: bool,
+pub(crate) struct Wanted {
+    pub(crate) node: String,
+    pub(crate) mode: AccessMode,
+    pub(crate) read_only: bool,
 }
 
 impl Wanted {
     /// What nobody may write under this mode is attached for reading.
-    pub(super) fn new(node: &str, mode: AccessMode, read_only: bool) -> Self {
+    pub(crate) fn new(node: &str, mode: AccessMode, read_only: bool) -> Self {
         Self {
             node: node.to_owned(),
             mode,
@@ -78,7 +78,7 @@ impl Wanted {
         }
     }
 
-    pub(super) fn granted(self, id: AttachmentId) -> Attachment {
+    pub(crate) fn granted(self, id: AttachmentId) -> Attachment {
         Attachment {
             id,
             node: self.node,
@@ -118,7 +118,7 @@ pub(super) fn admit(
 }
 
 /// Formatting only moves forward; what was finished stays as it is.
-pub(super) fn check_format(volume: &Volume, next: &Format) -> Result<(), VolumesError> {
+pub(crate) fn check_format(volume: &Volume, next: &Format) -> Result<(), VolumesError> {
     let forward = match (&volume.format, next) {
         (Format::Done { .. }, _) => volume.format == *next,
         (Format::Started { .. }, Format::Never) => false,
@@ -138,7 +138,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::volumes::{Content, VolumeId, VolumeOptions};
+    use crate::volumes::{Certificates, Content, Placement, VolumeId, VolumeOptions};
 
     fn volume() -> Volume {
         Volume {
@@ -174,6 +174,8 @@ mod tests {
             required_bytes: 8000,
             limit_bytes: Some(8192),
             options: volume().options,
+            placement: Placement::default(),
+            certificates: Certificates::default(),
         };
         let required = |bytes| CreateRequest {
             required_bytes: bytes,
