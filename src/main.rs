@@ -31,6 +31,7 @@ enum Role {
     Serve(hawser::server::Args),
     Standalone(hawser::standalone::Args),
     Demo(hawser::demo::Args),
+    Controller(hawser::kube::controller::Args),
     Manifests(hawser::kube::manifests::Args),
     Hook(hawser::kube::hook::Args),
 }
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         Role::Serve(args) => hawser::server::run(args),
         Role::Standalone(args) => hawser::standalone::run(args),
         Role::Demo(args) => hawser::demo::run(&args),
+        Role::Controller(args) => hawser::kube::controller::run(args),
         Role::Manifests(args) => hawser::kube::manifests::run(&args),
         Role::Hook(args) => hawser::kube::hook::run(&args),
     };

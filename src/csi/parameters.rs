@@ -239,7 +239,10 @@ fn certificates(map: &HashMap<String, String>) -> Result<Certificates, String> {
     }
     Ok(match source {
         "certManager" => Certificates::CertManager {
-            issuer: name(ISSUER, value(ISSUER).unwrap_or_default())?,
+            issuer: match value(ISSUER) {
+                Some(text) => name(ISSUER, text)?,
+                None => return Err(format!("{CERTIFICATES} {source} needs {ISSUER}")),
+            },
             kind: match value(ISSUER_KIND).unwrap_or("Issuer") {
                 "" => return Err(format!("{ISSUER_KIND} is empty")),
                 kind => kind.to_owned(),

@@ -66,6 +66,12 @@ pub fn is_conflict(error: &kube::Error) -> bool {
     has_code(error, 409)
 }
 
+/// Whether the API server would not have the object so; a patch whose test failed is told so too.
+#[must_use]
+pub fn is_invalid(error: &kube::Error) -> bool {
+    has_code(error, 422)
+}
+
 fn has_code(error: &kube::Error, code: u16) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == code)
 }

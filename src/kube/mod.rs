@@ -5,5 +5,8 @@
 
 pub mod api;
 pub mod apply;
+pub mod controller;
 pub mod hook;
+pub mod lease;
 pub mod manifests;
+pub mod volumes;

@@ -81,6 +81,15 @@ impl Authority {
             write_secret(directory, &parts)?;
             return Ok(authority);
         }
+        Self::from_map(&origin, &parts)
+    }
+
+    /// The authority in a Secret. `origin` names it in errors.
+    pub fn from_map(
+        origin: &str,
+        parts: &BTreeMap<String, Vec<u8>>,
+    ) -> Result<Self, CertificateError> {
+        let origin = origin.to_owned();
         let text = |part: &'static str, wanted| {
             let bytes = parts.get(part).ok_or_else(|| CertificateError::Missing {
                 origin: origin.clone(),
@@ -112,7 +121,8 @@ impl Authority {
         Self::make().map(|(authority, _)| authority)
     }
 
-    fn make() -> Result<(Self, BTreeMap<String, Vec<u8>>), CertificateError> {
+    /// A new authority, and the Secret to keep it in.
+    pub fn make() -> Result<(Self, BTreeMap<String, Vec<u8>>), CertificateError> {
         let key = KeyPair::generate().map_err(issuing("the authority"))?;
         // Two authorities of one name would be told apart by a bad signature only.
         let point = key.public_key_raw();

@@ -67,6 +67,8 @@ pub const NO_ZONE: &str = "none";
 pub const BACKING_READY: &str = "BackingReady";
 /// Both sides' Secrets are there, right, and not about to end.
 pub const CERTIFICATES_READY: &str = "CertificatesReady";
+/// Reason of a false [`BACKING_READY`]: the pool's node has not the room. The controller places the volume elsewhere.
+pub const NO_ROOM: &str = "NoRoom";
 /// The server's pod runs and is ready.
 pub const SERVER_READY: &str = "ServerReady";
 /// All of the others.

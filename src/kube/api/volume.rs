@@ -70,6 +70,11 @@ pub struct NbdVolumeSpec {
     /// Where the certificates come from.
     #[serde(default)]
     pub certificates: Certificates,
+    /// Port of the server, where it shares its node's network with others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 65535))]
+    #[schemars(with = "Option<i32>")]
+    pub port: Option<u16>,
     /// Who may use the volume.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("maxItems" = 256))]
@@ -80,7 +85,6 @@ pub struct NbdVolumeSpec {
 /// Where a volume's certificates come from.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("self.source != 'secret' || has(self.serverSecret)").message("source secret needs serverSecret"))]
 #[x_kube(validation = Rule::new("self.source != 'certManager' || has(self.issuer)").message("source certManager needs issuer"))]
 pub struct Certificates {
     #[serde(default)]
@@ -88,8 +92,8 @@ pub struct Certificates {
     /// With source `certManager`: who issues.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub issuer: Option<Issuer>,
-    /// With source `secret`: the Secret of the volume's server, in the driver's namespace. The clients' Secret is the
-    /// StorageClass's node-stage and node-publish Secret.
+    /// With source `secret`: the Secret of the volume's server, in the driver's namespace, if it is not
+    /// `<volume>-server`. The clients' Secret is the StorageClass's node-stage and node-publish Secret.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub server_secret: Option<String>,
@@ -203,7 +207,7 @@ pub struct NbdVolumeStatus {
 /// How a volume is, in one word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Phase {
-    /// It is being made.
+    /// It is being made, or its server is being started again.
     Pending,
     /// It can be used.
     Ready,

@@ -1,0 +1,138 @@
+//! `hawser controller`: answers CSI's Controller calls, and keeps each volume's server and Secrets.
+//!
+//! Every controller answers the sidecars of its own pod; the loops that keep things are the Lease's holder's.
+
+mod certificates;
+mod pools;
+mod reconcile;
+mod server;
+mod status;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use kube::Client;
+
+use self::reconcile::Keeper;
+use self::server::ServerPods;
+use super::lease::{self, Candidate};
+use super::volumes::{ClusterVolumes, View};
+use crate::csi;
+use crate::daemon::{self, Endpoint, Stop};
+use crate::proto::socket;
+use crate::tls;
+use crate::volumes::AttachmentId;
+
+/// How long the Lease may take to be let go at the end.
+const RELEASE: Duration = Duration::from_secs(3);
+
+/// Answer the CSI sidecars, and keep the volumes' servers and certificates, in a cluster.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The CSI socket to make.
+    #[arg(long, value_name = "unix:///SOCKET")]
+    endpoint: Endpoint,
+    /// The namespace of the volumes, their servers and Secrets.
+    #[arg(long, value_name = "NAME")]
+    namespace: String,
+    /// The image that volumes are served with.
+    #[arg(long, value_name = "IMAGE")]
+    image: String,
+    /// Where to answer health checks.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    health: Option<SocketAddr>,
+    /// The Lease whose holder keeps servers and certificates.
+    #[arg(long, value_name = "NAME", default_value = "hawser-controller")]
+    lease: String,
+    /// What every server's pod is to have, as JSON: resources, tolerations, priorityClassName, labels and so on.
+    #[arg(long, value_name = "FILE")]
+    server_pods: Option<PathBuf>,
+    /// What this controller is called in the Lease.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "POD_NAME",
+        default_value = "controller"
+    )]
+    name: String,
+}
+
+/// Serves until told to stop.
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    daemon::allow_many_files();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    let ended = runtime.block_on(serve(args));
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    ended.map(|()| ExitCode::SUCCESS)
+}
+
+async fn serve(args: Args) -> anyhow::Result<()> {
+    let stop = Stop::listen().context("listen to signals")?;
+    tls::warm_up();
+    let pods = ServerPods::load(args.server_pods.as_deref())?;
+    let client = Client::try_default()
+        .await
+        .context("find the API server (run in a pod, or set KUBECONFIG)")?;
+    let ready = Arc::new(AtomicBool::new(false));
+    let health = args.health.map(|address| {
+        let ready = Arc::clone(&ready);
+        let check = move || {
+            let is_ready = ready.load(Ordering::Relaxed);
+            async move {
+                match is_ready {
+                    true => Ok(()),
+                    false => Err("the API server has not told what there is yet".to_owned()),
+                }
+            }
+        };
+        tokio::spawn(daemon::serve_health(address, check))
+    });
+    let view = View::watch(&client, &args.namespace);
+    let mut told = Box::pin(stop.told());
+    // Before everything is known, the answers would be wrong.
+    tokio::select! {
+        () = view.complete() => {}
+        () = &mut told => return Ok(()),
+    }
+    let volumes = ClusterVolumes::new(client.clone(), &args.namespace, view.clone());
+    let keeper = Keeper::new(client.clone(), &args.namespace, view, args.image, pods);
+    // A container that was restarted is another one, though its pod's name is the same.
+    let me = format!("{}_{}", args.name, AttachmentId::random()?);
+    let candidate = Candidate::new(client.clone(), &args.namespace, &args.lease, me.clone());
+    let work = move || {
+        let keeper = keeper.clone();
+        async move { keeper.run().await }
+    };
+    let election = tokio::spawn(candidate.run(work));
+    let path = args.endpoint.path();
+    let listener = socket::bind(path).with_context(|| format!("listen on {}", path.display()))?;
+    ready.store(true, Ordering::Relaxed);
+    tracing::info!(endpoint = %path.display(), "serving CSI");
+    let router = csi::router(csi::Services {
+        controller: Some(Arc::new(volumes)),
+        node: None,
+    });
+    let served = daemon::serve_until(router, listener, told).await;
+    election.abort();
+    // Once the task is over, nothing is kept any more.
+    let _ = election.await;
+    let released = lease::release(client, &args.namespace, &args.lease, &me);
+    match tokio::time::timeout(RELEASE, released).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "the Lease is not let go; it ends by itself"),
+        Err(_) => tracing::warn!("the Lease is not let go in time; it ends by itself"),
+    }
+    if let Some(health) = health {
+        health.abort();
+    }
+    served.context("serve CSI")?;
+    std::fs::remove_file(path).with_context(|| format!("remove {}", path.display()))
+}
