@@ -129,31 +129,46 @@ async fn too_long(answered: tokio::sync::oneshot::Receiver<()>) {
     }
 }
 
-/// Answers `GET /healthz` and `/readyz` with 200, or with 503 and what is wrong, for as long as it is polled.
-pub async fn serve_health<C, F>(address: SocketAddr, check: C) -> std::io::Result<()>
-where
-    C: Fn() -> F + Clone + Send + Sync + 'static,
-    F: Future<Output = Result<(), String>> + Send + 'static,
-{
+/// Answers `GET /healthz` with what `live` says, and `/readyz` with what `ready` does: 200, or 503 and what is wrong.
+/// Returns when it listens, and answers for as long as the process lives.
+pub async fn serve_health(
+    address: SocketAddr,
+    live: impl Check,
+    ready: impl Check,
+) -> std::io::Result<()> {
     let listener = TcpListener::bind(address).await?;
-    axum::serve(listener, health(check, CHECK)).await
+    let router = health(live, ready, CHECK);
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    Ok(())
 }
 
-fn health<C, F>(check: C, within: Duration) -> Router
+/// Whether a role is as it should be; the text says what is wrong.
+pub trait Check: Clone + Send + Sync + 'static {
+    fn check(&self) -> impl Future<Output = Result<(), String>> + Send;
+}
+
+impl<C, F> Check for C
 where
     C: Fn() -> F + Clone + Send + Sync + 'static,
-    F: Future<Output = Result<(), String>> + Send + 'static,
+    F: Future<Output = Result<(), String>> + Send,
 {
-    let answer = async move || {
-        let checked = tokio::time::timeout(within, check()).await;
-        match checked.unwrap_or_else(|_| Err("no answer in time".to_owned())) {
-            Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
-            Err(problem) => (StatusCode::SERVICE_UNAVAILABLE, format!("{problem}\n")),
-        }
-    };
+    fn check(&self) -> impl Future<Output = Result<(), String>> + Send {
+        self()
+    }
+}
+
+fn health(live: impl Check, ready: impl Check, within: Duration) -> Router {
     Router::new()
-        .route("/healthz", get(answer.clone()))
-        .route("/readyz", get(answer))
+        .route("/healthz", get(async move || answer(live, within).await))
+        .route("/readyz", get(async move || answer(ready, within).await))
+}
+
+async fn answer(check: impl Check, within: Duration) -> (StatusCode, String) {
+    let checked = tokio::time::timeout(within, check.check()).await;
+    match checked.unwrap_or_else(|_| Err("no answer in time".to_owned())) {
+        Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
+        Err(problem) => (StatusCode::SERVICE_UNAVAILABLE, format!("{problem}\n")),
+    }
 }
 
 #[cfg(test)]
@@ -193,8 +208,9 @@ mod tests {
                 }
                 result.map_err(str::to_owned)
             };
-            let router = health(check, Duration::from_millis(20));
-            let request = Request::get("/healthz").body(Body::empty()).unwrap();
+            let fine = || async { Ok(()) };
+            let router = health(fine, check, Duration::from_millis(20));
+            let request = Request::get("/readyz").body(Body::empty()).unwrap();
             let answer = router.oneshot(request).await.unwrap();
             assert_eq!(answer.status(), status, "{result:?}");
         }

@@ -30,6 +30,7 @@ enum LogFormat {
 enum Role {
     Serve(hawser::server::Args),
     Standalone(hawser::standalone::Args),
+    Node(hawser::node::Args),
     Demo(hawser::demo::Args),
     Controller(hawser::kube::controller::Args),
     Manifests(hawser::kube::manifests::Args),
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
     let result: anyhow::Result<ExitCode> = match cli.role {
         Role::Serve(args) => hawser::server::run(args),
         Role::Standalone(args) => hawser::standalone::run(args),
+        Role::Node(args) => hawser::node::run(args),
         Role::Demo(args) => hawser::demo::run(&args),
         Role::Controller(args) => hawser::kube::controller::run(args),
         Role::Manifests(args) => hawser::kube::manifests::run(&args),

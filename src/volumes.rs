@@ -6,10 +6,14 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use rustls::crypto::aws_lc_rs::{cipher_suite, default_provider};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::attach::Transport;
+use crate::verify;
 
 /// How long a volume id is: `vol-` and 32 hex digits, a valid DNS label.
 const VOLUME_ID_LENGTH: usize = 36;
@@ -435,6 +439,48 @@ pub trait NodeVolumes: Send + Sync + 'static {
 
     /// Records, durably, how far formatting has come. Going back is refused.
     async fn set_format(&self, id: &VolumeId, format: Format) -> Result<(), VolumesError>;
+
+    /// Where this node is, as the orchestrator's topology has it; nothing where volumes can be used from everywhere.
+    async fn topology(&self) -> Result<BTreeMap<String, String>, VolumesError> {
+        Ok(BTreeMap::new())
+    }
+
+    /// Takes the client Secret that a node request brought, to show it until the next one comes. An installation that
+    /// can look it up itself has no need to.
+    async fn keep_client_secret(
+        &self,
+        id: &VolumeId,
+        secret: BTreeMap<String, Vec<u8>>,
+    ) -> Result<(), VolumesError> {
+        let _ = (id, secret);
+        Ok(())
+    }
+
+    /// Takes note of what came of an attach. It waits for nobody.
+    fn note_attach(&self, id: &VolumeId, note: AttachNote) {
+        let _ = (id, note);
+    }
+
+    /// Takes note of a client Secret that was brought and cannot be used: the one before stays in use.
+    fn note_refused_secret(&self, id: &VolumeId, problem: &str) {
+        let _ = (id, problem);
+    }
+
+    /// Takes note that the volume is not on this node any more.
+    fn note_detached(&self, id: &VolumeId) {
+        let _ = id;
+    }
+}
+
+/// What came of an attach, for the volume's record and whoever uses it.
+#[derive(Debug, Clone)]
+pub struct AttachNote {
+    pub attachment: AttachmentId,
+    pub policy: verify::Policy,
+    /// What verification found, where it was made.
+    pub report: Option<Arc<verify::Report>>,
+    /// How the device's data travels; `None`: there is no device, because of what verification found.
+    pub transport: Option<Transport>,
 }
 
 #[cfg(test)]

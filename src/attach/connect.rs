@@ -15,6 +15,7 @@ use crate::client::Target;
 use crate::nbd::TransmissionFlags;
 use crate::tls::{Profile, Secret};
 use crate::verify;
+use crate::volumes::AttachNote;
 
 /// Devtmpfs makes a node at once; a container's `/dev` may take a moment.
 const NODE: Duration = Duration::from_secs(5);
@@ -170,6 +171,7 @@ impl Inner {
         let mut device =
             blocking(move || inner.hand_over(record, &secret, sessions, &export)).await?;
         device.report = report;
+        self.note(&request, device.report.clone(), Some(transport));
         tracing::info!(
             volume = %volume,
             device = %device.path.display(),
@@ -197,14 +199,16 @@ impl Inner {
         let target = peer.target(address, &request.secret, Profile::Probe)?;
         // A server that is away, or lets us not in, is told in one sentence, not in one for each check.
         offered(peer, target.clone()).await?;
-        let report = blocking(move || Ok(verify::battery(&target))).await?;
-        policy
-            .decide(&report)
-            .map_err(|source| AttachError::Verification {
+        let report = blocking(move || Ok(Arc::new(verify::battery(&target)))).await?;
+        if let Err(source) = policy.decide(&report) {
+            let findings = report.findings().count();
+            self.note(request, Some(report), None);
+            return Err(AttachError::Verification {
                 volume: peer.volume().clone(),
-                findings: report.findings().count(),
+                findings,
                 source,
-            })?;
+            });
+        }
         if report.findings().chain(report.not_run()).next().is_some() {
             tracing::warn!(volume = %peer.volume(), "the policy lets it pass: {report}");
         }
@@ -214,7 +218,22 @@ impl Inner {
                 tracing::info!(%volume, "{check} does not apply to its server: {reason}");
             }
         }
-        Ok(Some(Arc::new(report)))
+        Ok(Some(report))
+    }
+
+    fn note(
+        &self,
+        request: &Request,
+        report: Option<Arc<verify::Report>>,
+        transport: Option<Transport>,
+    ) {
+        let note = AttachNote {
+            attachment: request.attachment.clone(),
+            policy: request.options.policy,
+            report,
+            transport,
+        };
+        self.volumes.note_attach(&request.volume, note);
     }
 
     /// Gives the sessions to the kernel. The record is on disk first, so that a device is never without one.

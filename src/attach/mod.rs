@@ -230,6 +230,11 @@ impl Attacher {
         .await
     }
 
+    /// Says that the volume's server is to be found elsewhere now. Sockets that live stay as they are.
+    pub fn server_moved(&self, volume: &VolumeId) {
+        self.0.moved(volume);
+    }
+
     /// Finds the devices that an earlier process made and looks after them again. Repeating it changes nothing.
     pub async fn recover(&self) -> Result<Vec<Recovered>, AttachError> {
         let inner = self.0.clone();
@@ -320,6 +325,20 @@ impl Inner {
             .filter(|inode| live.contains(inode))
             .collect())
     }
+}
+
+/// What this node has for devices, which may load kernel modules: who would encrypt their data. Blocks.
+pub fn survey(proxy_allowed: bool) -> Result<Transport, AttachError> {
+    modules::driver()?;
+    modules::transport(&System::default(), proxy_allowed)
+}
+
+/// How many nbd devices the kernel can have at one time, as far as it says: the driver's minor numbers, divided by what
+/// each device may have partitions.
+#[must_use]
+pub fn most_devices() -> u32 {
+    let partitions = std::fs::read_to_string("/sys/module/nbd/parameters/max_part");
+    system::most_devices(partitions.ok().as_deref())
 }
 
 /// Runs what may block on a thread that may be blocked.

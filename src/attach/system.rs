@@ -277,5 +277,15 @@ fn unreadable(what: &str, text: &str) -> io::Error {
     )
 }
 
+/// The driver's 2^20 minor numbers, of which each device takes as many as it may have partitions, and one, rounded up
+/// to a power of two (drivers/block/nbd.c, nbd_init); 16 partitions where the driver does not say.
+pub(super) fn most_devices(maximum_partitions: Option<&str>) -> u32 {
+    const MINORS: u32 = 1 << 20;
+    const DEFAULT: u32 = 16;
+    let partitions = maximum_partitions.and_then(|text| text.trim().parse::<u32>().ok());
+    let shift = u32::BITS - partitions.unwrap_or(DEFAULT).leading_zeros();
+    MINORS.checked_shr(shift).unwrap_or_default().max(1)
+}
+
 #[cfg(test)]
 mod tests;

@@ -34,6 +34,7 @@ const SETTLING: Duration = Duration::from_secs(1);
 pub(super) struct Watch {
     index: u32,
     wake: Arc<Notify>,
+    moved: Arc<Notify>,
     stop: CancellationToken,
 }
 
@@ -60,15 +61,20 @@ impl Inner {
         if running.is_some_and(|watch| watch.index == index && !watch.stop.is_cancelled()) {
             return;
         }
-        let (wake, stop) = (Arc::new(Notify::new()), self.stopped.child_token());
+        let watch = Watch {
+            index,
+            wake: Arc::default(),
+            moved: Arc::default(),
+            stop: self.stopped.child_token(),
+        };
         tokio::spawn(look_after(
             Arc::downgrade(self),
             index,
             backend.clone(),
-            wake.clone(),
-            stop.clone(),
+            [watch.wake.clone(), watch.moved.clone()],
+            watch.stop.clone(),
         ));
-        watches.insert(backend.volume.clone(), Watch { index, wake, stop });
+        watches.insert(backend.volume.clone(), watch);
     }
 
     pub(super) fn unwatch(&self, volume: &VolumeId) {
@@ -90,6 +96,14 @@ impl Inner {
             })
             .await
             .copied()
+    }
+
+    /// Has the volume's server looked for anew, where some of its sockets are dead: it may be elsewhere by now.
+    pub(super) fn moved(&self, volume: &VolumeId) {
+        let watches = self.watches.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(watch) = watches.get(volume) {
+            watch.moved.notify_one();
+        }
     }
 
     /// Wakes the tasks of these devices; of all, if it is not known which.
@@ -323,7 +337,7 @@ async fn look_after(
     inner: Weak<Inner>,
     index: u32,
     backend: Backend,
-    wake: Arc<Notify>,
+    [wake, moved]: [Arc<Notify>; 2],
     stop: CancellationToken,
 ) {
     let mut pause = FIRST;
@@ -335,6 +349,11 @@ async fn look_after(
         let look = tokio::select! {
             () = stop.cancelled() => return,
             look = inner.look(index, &backend, &stop) => look,
+            // Whoever it is connecting to is not there any more, and may take long to say nothing.
+            () = moved.notified() => {
+                pause = FIRST;
+                continue;
+            }
         };
         drop(inner);
         let rest = match look {
@@ -366,6 +385,7 @@ async fn look_after(
             () = stop.cancelled() => return,
             () = tokio::time::sleep(FIRST.max(rest)) => {}
             () = wake.notified(), if rest == GLANCE => {}
+            () = moved.notified() => pause = FIRST,
         }
     }
 }

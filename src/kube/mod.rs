@@ -6,6 +6,8 @@
 pub mod api;
 pub mod apply;
 pub mod controller;
+pub mod convert;
+pub mod follow;
 pub mod hook;
 pub mod lease;
 pub mod manifests;

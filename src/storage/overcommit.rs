@@ -22,9 +22,14 @@ impl Overcommit {
     /// Bytes that may still be promised where `free` bytes are free, the volumes have taken `taken` bytes so far, and
     /// `promised` bytes in all were promised to them. Nothing is promised where nothing is free.
     pub(super) fn left(self, free: u64, taken: u64, promised: u64) -> u64 {
-        self.of(free.saturating_add(taken))
+        self.whole(free, taken)
             .saturating_sub(promised)
             .min(self.of(free))
+    }
+
+    /// Bytes that may be promised altogether.
+    pub(super) fn whole(self, free: u64, taken: u64) -> u64 {
+        self.of(free.saturating_add(taken))
     }
 
     fn of(self, bytes: u64) -> u64 {

@@ -38,7 +38,7 @@ struct Identity {
 pub struct Pool {
     volumes: PathBuf,
     identity: String,
-    overcommit: Overcommit,
+    overcommit: Mutex<Overcommit>,
     index: Mutex<BTreeMap<VolumeId, Slot>>,
     /// Held for as long as the pool is open.
     _lock: File,
@@ -51,6 +51,14 @@ struct Slot {
     state: State,
     /// Held while the volume's record is replaced or the volume removed, so that no change is lost.
     writing: Arc<Mutex<()>>,
+}
+
+/// Bytes of the pool's file system, as far as they are the pool's.
+#[derive(Default)]
+struct Room {
+    free: u64,
+    taken: u64,
+    promised: u64,
 }
 
 enum State {
@@ -96,7 +104,7 @@ impl Pool {
         Ok(Self {
             volumes,
             identity,
-            overcommit,
+            overcommit: Mutex::new(overcommit),
             index,
             _lock: lock,
         })
@@ -150,6 +158,23 @@ impl Pool {
     #[must_use]
     pub fn holds(&self, id: &VolumeId) -> bool {
         self.index().contains_key(id)
+    }
+
+    /// The ids of all that is there, readable or not.
+    #[must_use]
+    pub fn ids(&self) -> Vec<VolumeId> {
+        self.index().keys().cloned().collect()
+    }
+
+    /// Promises as much from now on; what was promised stays.
+    pub fn set_overcommit(&self, overcommit: Overcommit) {
+        *self.ratio() = overcommit;
+    }
+
+    /// Bytes that may be promised altogether, to the volumes that are there and to new ones.
+    pub fn promisable(&self) -> Result<u64, StorageError> {
+        let room = self.room(&self.index())?;
+        Ok(self.ratio().whole(room.free, room.taken))
     }
 
     /// Room for new volumes.
@@ -372,22 +397,36 @@ impl Pool {
         })
     }
 
-    /// Bytes that may still be promised. The pool's own room is what is free and what its volumes have taken: other
-    /// files on the same file system take theirs out of it.
+    /// Bytes that may still be promised.
     fn available(&self, index: &BTreeMap<VolumeId, Slot>) -> Result<u64, StorageError> {
+        let room = self.room(index)?;
+        let left = self.ratio().left(room.free, room.taken, room.promised);
+        Ok(left / GRANULE * GRANULE)
+    }
+
+    /// The pool's own room is what is free and what its volumes have taken: other files on the same file system take
+    /// theirs out of it.
+    fn room(&self, index: &BTreeMap<VolumeId, Slot>) -> Result<Room, StorageError> {
         let file_system = rustix::fs::statvfs(&self.volumes)
             .map_err(|error| StorageError::io("inspect", &self.volumes)(error.into()))?;
         let free = file_system.f_bavail.saturating_mul(file_system.f_frsize);
-        let free = free.saturating_sub(HEADROOM);
-        let (mut taken, mut promised) = (0_u64, 0_u64);
+        let mut room = Room {
+            free: free.saturating_sub(HEADROOM),
+            ..Room::default()
+        };
         for (id, slot) in index {
-            promised = promised.saturating_add(slot.promised);
+            room.promised = room.promised.saturating_add(slot.promised);
             if let Ok(data) = fs::metadata(self.directory(id).join(DATA)) {
-                taken = taken.saturating_add(data.blocks().saturating_mul(512));
+                room.taken = room.taken.saturating_add(data.blocks().saturating_mul(512));
             }
         }
-        let left = self.overcommit.left(free, taken, promised);
-        Ok(left / GRANULE * GRANULE)
+        Ok(room)
+    }
+
+    fn ratio(&self) -> MutexGuard<'_, Overcommit> {
+        self.overcommit
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn index(&self) -> MutexGuard<'_, BTreeMap<VolumeId, Slot>> {

@@ -189,3 +189,18 @@ fn a_node_that_appears_late_is_waited_for() {
     fake.write("dev/nbd0", "");
     fake.system.wait_for_node(0, Duration::ZERO).unwrap();
 }
+
+#[test]
+fn partitions_take_their_share_of_the_minor_numbers() {
+    for (partitions, most) in [
+        (None, 1 << 15),
+        (Some("16\n"), 1 << 15),
+        (Some("0\n"), 1 << 20),
+        (Some("15\n"), 1 << 16),
+        (Some("255\n"), 1 << 12),
+        (Some("4294967295"), 1),
+        (Some("many"), 1 << 15),
+    ] {
+        assert_eq!(most_devices(partitions), most, "{partitions:?}");
+    }
+}

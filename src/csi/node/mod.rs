@@ -141,10 +141,13 @@ impl Node for NodeService {
         &self,
         _: Request<csi::NodeGetInfoRequest>,
     ) -> Result<Response<csi::NodeGetInfoResponse>, Status> {
+        let segments = self.inner.volumes.topology().await?;
         Ok(Response::new(csi::NodeGetInfoResponse {
             node_id: self.node_id.clone(),
             max_volumes_per_node: self.maximum_volumes.into(),
-            accessible_topology: None,
+            accessible_topology: (!segments.is_empty()).then(|| csi::Topology {
+                segments: segments.into_iter().collect(),
+            }),
         }))
     }
 

@@ -32,6 +32,8 @@ impl Inner {
         } = publish;
         let volume = stage.volume.clone();
         let capability = stage.capability.clone();
+        // The kubelet publishes again and again, to bring what it finds in the Secret now.
+        self.renew_secret(&stage).await;
         let mut staged = self.staged(stage).await?;
         if staged.content != capability.content() {
             return Err(precondition(format!(
@@ -86,11 +88,6 @@ impl Inner {
                 && record.attachment == stage.attachment
                 && record.foreign == stage.foreign;
             if is_asked && is_staged(&record, &mounts) {
-                if stage.foreign.is_some()
-                    && let Some(secret) = stage.secret()?
-                {
-                    self.devices.renew_secret(volume, secret).await?;
-                }
                 return Ok(record);
             }
         }

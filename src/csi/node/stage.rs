@@ -17,6 +17,7 @@ use crate::attach::{Device, Foreign, Request};
 use crate::csi::capability::{Access, Capability, Mount};
 use crate::csi::parameters::Parameters;
 use crate::csi::status::{exists, invalid, precondition, status};
+use crate::daemon::chain;
 use crate::filesystem::{self, Kind};
 use crate::tls::{self, CertificateError, Secret, Side};
 use crate::volumes::{AttachmentId, Content, Format, Volume, VolumeId, VolumeOptions};
@@ -285,18 +286,49 @@ impl Inner {
                     tls::AUTHORITIES
                 ),
             )),
-            (secret, None) => {
-                let secret = match secret {
-                    Some(secret) => secret,
-                    None => {
-                        let parts = self.volumes.client_secret(volume).await?;
-                        let origin = format!("the client Secret of {volume}");
-                        Secret::from_map(&origin, &parts, Side::Client)?
-                    }
-                };
+            (Some(secret), None) => {
+                secret.check_identity(&tls::client_identity(volume))?;
+                self.keep(volume, &secret).await;
+                Ok(secret)
+            }
+            (None, None) => {
+                let parts = self.volumes.client_secret(volume).await?;
+                let origin = format!("the client Secret of {volume}");
+                let secret = Secret::from_map(&origin, &parts, Side::Client)?;
                 secret.check_identity(&tls::client_identity(volume))?;
                 Ok(secret)
             }
+        }
+    }
+
+    /// Takes the certificate that a request for a volume that is in use brought. One that is no good changes nothing:
+    /// were the request to fail, an older kubelet would take the volume from its pod.
+    pub(super) async fn renew_secret(&self, stage: &Stage) {
+        let volume = &stage.volume;
+        let renewed = async {
+            let Some(secret) = stage.secret()? else {
+                return Ok(());
+            };
+            if stage.foreign.is_some() {
+                return self.devices.renew_secret(volume, secret).await;
+            }
+            secret.check_identity(&tls::client_identity(volume))?;
+            self.keep(volume, &secret).await;
+            Ok(())
+        };
+        let renewed: Result<(), Status> = renewed.await;
+        if let Err(status) = renewed {
+            let problem = status.message();
+            tracing::warn!(%volume, problem, "the certificate before stays in use");
+            self.volumes.note_refused_secret(volume, problem);
+        }
+    }
+
+    async fn keep(&self, volume: &VolumeId, secret: &Secret) {
+        let kept = self.volumes.keep_client_secret(volume, secret.parts());
+        if let Err(error) = kept.await {
+            let error = chain(&error);
+            tracing::warn!(%volume, error, "its certificate may be missing after a restart");
         }
     }
 
@@ -377,6 +409,7 @@ impl Inner {
         }
         self.devices.detach(volume).await?;
         steps.done("detach");
+        self.volumes.note_detached(volume);
         self.records.remove(volume)?;
         tracing::info!(path = %path.display(), steps = %steps, "unstaged");
         Ok(())
