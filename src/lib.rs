@@ -3,6 +3,7 @@
 //! The folders are the architecture; `docs/design/contracts.md` says which owns what and how they meet.
 
 mod admission;
+pub mod agent;
 pub mod attach;
 pub mod client;
 pub mod control;

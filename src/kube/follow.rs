@@ -27,7 +27,7 @@ impl Iterator for Pauses {
         let pause = self.0;
         self.0 = (pause * 2).min(LAST);
         let chance = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-        Some(pause + pause * (chance.subsec_nanos() / 1000 % 1000) / 1000)
+        Some(pause + pause * (chance.subsec_micros() % 1000) / 1000)
     }
 }
 

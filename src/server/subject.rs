@@ -5,10 +5,11 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use tracing::error;
 
 use super::attachments::Attachments;
@@ -27,6 +28,10 @@ use crate::volumes::VolumeId;
 
 /// Memory of one session's requests: the largest request there may be, and some small ones.
 const PER_SESSION: usize = MAX_PAYLOAD as usize + (1 << 20);
+
+/// How long the volume's owner may hold the lock: while no server is alive, it writes down what the next one allows.
+const LET_GO: Duration = Duration::from_secs(2);
+const ASK_AGAIN: Duration = Duration::from_millis(20);
 
 /// What the two ways to serve have different.
 pub(super) struct Subject {
@@ -130,11 +135,15 @@ fn lock(path: &Path) -> anyhow::Result<File> {
         .write(true)
         .open(path)
         .with_context(|| format!("{}: open the lock", path.display()))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            bail!("{}: another server serves this volume", path.display())
+    let deadline = Instant::now() + LET_GO;
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(ASK_AGAIN),
+            Err(Errno::WOULDBLOCK) => {
+                bail!("{}: another server serves this volume", path.display())
+            }
+            Err(errno) => return Err(errno).with_context(|| format!("{}: lock", path.display())),
         }
-        Err(errno) => Err(errno).with_context(|| format!("{}: lock", path.display())),
     }
 }
