@@ -294,7 +294,8 @@ impl Herald {
     /// The claim that the volume is bound to; the volume itself where there is none.
     async fn claim(&self, object: &NbdVolume) -> kube::Result<ObjectReference> {
         let bound = match self.persistent_volumes.get(&object.spec.name).await {
-            Err(error) if is_not_found(&error) => None,
+            // Told where it is of less use, rather than not at all.
+            Err(kube::Error::Api(status)) if [403, 404].contains(&status.code) => None,
             bound => bound?.spec.and_then(|spec| spec.claim_ref),
         };
         Ok(bound
