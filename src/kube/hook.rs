@@ -98,8 +98,9 @@ async fn guard_uninstall(client: Client, namespace: &str) -> anyhow::Result<()> 
     }
     bail!(
         "volumes are attached, and their pods would lose them for good when a connection breaks: {}{list}\nDelete the \
-         pods that use these PersistentVolumes first. `helm uninstall --no-hooks` goes on all the same; no data is \
-         deleted, and installing the chart again takes the volumes over",
+         pods that use these PersistentVolumes, and uninstall again; or keep the driver: `helm rollback` to the newest \
+         revision. `helm uninstall --no-hooks` goes on all the same; no data is deleted, and installing the chart again \
+         takes the volumes over",
         used.len()
     )
 }

@@ -44,10 +44,9 @@ fn kubernetes(folder: &Path) {
     let mut definitions = specification["definitions"].take();
     for (name, definition) in definitions.as_object_mut().unwrap() {
         let kinds = definition["x-kubernetes-group-version-kind"].take();
-        let kind = match kinds.as_array().map(Vec::as_slice) {
-            Some([kind]) => kind,
-            // Not an object of its own, or one that is everywhere (DeleteOptions).
-            _ => continue,
+        // Others are no objects of their own, or everywhere, as DeleteOptions is.
+        let Some([kind]) = kinds.as_array().map(Vec::as_slice) else {
+            continue;
         };
         let text = |key: &str| kind[key].as_str().unwrap();
         let file = file_name(text("kind"), text("group"), text("version"));

@@ -112,7 +112,7 @@ fn only_the_controller_touches_secrets_and_only_in_its_namespace() {
 }
 
 #[test]
-fn the_node_part_reads_volumes_and_nodes_and_writes_only_status_and_events() {
+fn the_node_part_reads_no_secret_and_writes_only_status_and_events() {
     for_each_set(|set, objects| {
         for right in rights(objects, "hawser-node") {
             let Right {
@@ -127,8 +127,8 @@ fn the_node_part_reads_volumes_and_nodes_and_writes_only_status_and_events() {
                 ("hawser.dev", "nbdvolumes/status") => {
                     ["get", "patch"].contains(&verb.as_str()) && !everywhere
                 }
-                // Its own, for the zone.
-                ("", "nodes") => verb == "get",
+                // Its own, for the zone; and the claim to which an Event belongs.
+                ("", "nodes" | "persistentvolumes") => verb == "get",
                 ("" | "events.k8s.io", "events") => ["create", "patch"].contains(&verb.as_str()),
                 _ => false,
             };
