@@ -37,6 +37,8 @@ pub enum CertificateError {
     Malformed { origin: String, problem: String },
     #[error("the certificate in {origin} ended at {}: renew it", date(*.not_after))]
     Expired { origin: String, not_after: i64 },
+    #[error("the certificate in {origin} is valid until {}, and one that has expired is needed", date(*.not_after))]
+    NotExpired { origin: String, not_after: i64 },
     #[error("the certificate in {origin} is not valid before {}: is the clock right?", date(*.not_before))]
     NotYetValid { origin: String, not_before: i64 },
     #[error("the certificate in {origin} is for {found}, but {wanted} is needed")]

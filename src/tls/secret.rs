@@ -20,6 +20,35 @@ use super::{AUTHORITIES, CERTIFICATE, KEY, files, names, provider};
 /// Bytes that one part of a Secret may have: a bundle of some dozen authorities fits.
 const PART_LIMIT: usize = 256 << 10;
 
+/// The authorities of a `ca.crt`, for whoever trusts them and has no certificate. `origin` names them in errors.
+pub fn authorities(origin: &str, pem: &[u8]) -> Result<Arc<RootCertStore>, CertificateError> {
+    if pem.len() > PART_LIMIT {
+        return Err(CertificateError::TooLong {
+            origin: origin.to_owned(),
+            part: AUTHORITIES,
+            limit: PART_LIMIT,
+        });
+    }
+    roots(origin, pem)
+}
+
+fn roots(origin: &str, pem: &[u8]) -> Result<Arc<RootCertStore>, CertificateError> {
+    let mut roots = RootCertStore::empty();
+    for authority in certificates(origin, AUTHORITIES, pem)? {
+        roots
+            .add(authority)
+            .map_err(|source| unusable(origin, source))?;
+    }
+    Ok(Arc::new(roots))
+}
+
+/// What is wanted of a certificate's end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Term {
+    Running,
+    Over,
+}
+
 /// Which side of a connection a Secret is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Side {
@@ -77,11 +106,26 @@ impl Secret {
         Self::from_map(&directory.display().to_string(), &parts, side)
     }
 
+    /// The same for a certificate that has ended, which servers are to refuse.
+    pub fn load_expired(directory: &Path, side: Side) -> Result<Self, CertificateError> {
+        let parts = files::read_secret(directory, side, PART_LIMIT)?;
+        Self::parse(&directory.display().to_string(), &parts, side, Term::Over)
+    }
+
     /// Takes a Secret's content. `origin` names it in errors.
     pub fn from_map(
         origin: &str,
         parts: &BTreeMap<String, Vec<u8>>,
         side: Side,
+    ) -> Result<Self, CertificateError> {
+        Self::parse(origin, parts, side, Term::Running)
+    }
+
+    fn parse(
+        origin: &str,
+        parts: &BTreeMap<String, Vec<u8>>,
+        side: Side,
+        term: Term,
     ) -> Result<Self, CertificateError> {
         let origin = origin.to_owned();
         let [certificate, key, authorities] = side.parts();
@@ -96,8 +140,8 @@ impl Secret {
             part: KEY,
             wanted: "private key",
         })?;
-        let authorities = certificates(&origin, AUTHORITIES, &pem[2])?;
-        let (names, not_after) = check(&origin, &chain[0], side)?;
+        let roots = roots(&origin, &pem[2])?;
+        let (names, not_after) = check(&origin, &chain[0], side, term)?;
         let signing = provider()
             .key_provider
             .load_private_key(key.clone_key())
@@ -109,18 +153,12 @@ impl Secret {
             }
             Err(source) => return Err(unusable(&origin, source)),
         }
-        let mut roots = RootCertStore::empty();
-        for authority in authorities {
-            roots
-                .add(authority)
-                .map_err(|source| unusable(&origin, source))?;
-        }
         Ok(Self(Arc::new(Parts {
             origin,
             side,
             chain,
             key,
-            roots: Arc::new(roots),
+            roots,
             names,
             not_after,
             pem,
@@ -297,6 +335,7 @@ fn check(
     origin: &str,
     leaf: &CertificateDer<'_>,
     side: Side,
+    term: Term,
 ) -> Result<(Vec<String>, i64), CertificateError> {
     let malformed = |problem: String| CertificateError::Malformed {
         origin: origin.to_owned(),
@@ -308,11 +347,20 @@ fn check(
         parsed.validity().not_before.timestamp(),
         parsed.validity().not_after.timestamp(),
     );
-    if now > not_after {
-        return Err(CertificateError::Expired {
-            origin: origin.to_owned(),
-            not_after,
-        });
+    match term {
+        Term::Running if now > not_after => {
+            return Err(CertificateError::Expired {
+                origin: origin.to_owned(),
+                not_after,
+            });
+        }
+        Term::Over if now <= not_after => {
+            return Err(CertificateError::NotExpired {
+                origin: origin.to_owned(),
+                not_after,
+            });
+        }
+        _ => {}
     }
     if now < not_before {
         return Err(CertificateError::NotYetValid {

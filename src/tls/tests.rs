@@ -144,6 +144,27 @@ fn c27_clients_that_may_not_enter_are_refused_inside_the_handshake() {
 }
 
 #[test]
+fn c27_a_certificate_that_has_ended_is_shown_only_on_purpose() {
+    let authority = Authority::temporary().unwrap();
+    let (_directory, tls) = served(&server_parts(&authority));
+    let directory = TempDir::new().unwrap();
+    let ended = issue(&authority, Side::Client, -7200, -3600);
+    write_secret(directory.path(), &ended).unwrap();
+    says(Secret::load(directory.path(), Side::Client), "ended at");
+    let ended = Secret::load_expired(directory.path(), Side::Client).unwrap();
+    let config = client_config(&ended, Profile::Probe).unwrap();
+    says(
+        handshake(&tls, config, &server_identity(&volume())),
+        "ended at",
+    );
+    write_secret(directory.path(), &client_parts(&authority)).unwrap();
+    says(
+        Secret::load_expired(directory.path(), Side::Client),
+        "one that has expired is needed",
+    );
+}
+
+#[test]
 fn a_server_of_another_volume_is_refused() {
     let authority = Authority::temporary().unwrap();
     let (_directory, tls) = served(&server_parts(&authority));
