@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 /// Block volumes over NBD, always inside mutually authenticated TLS.
@@ -36,15 +36,30 @@ enum Role {
     Controller(hawser::kube::controller::Args),
     Manifests(hawser::kube::manifests::Args),
     Hook(hawser::kube::hook::Args),
+    Verify(Box<hawser::verify::command::Args>),
 }
 
 /// Exit status of a command line that makes no sense, as in sysexits.h.
 const USAGE: u8 = 64;
 
+/// The exit status for this command line, of which only the role is sure: verification has its own, for pipelines that
+/// tell findings from everything else.
+fn usage() -> u8 {
+    let matches = Cli::command().ignore_errors(true).try_get_matches();
+    match matches.as_ref().map(clap::ArgMatches::subcommand_name) {
+        Ok(Some("verify")) => hawser::verify::command::COULD_NOT_RUN,
+        _ => USAGE,
+    }
+}
+
 fn main() -> ExitCode {
     let cli = Cli::try_parse().unwrap_or_else(|error| {
         let _ = error.print();
-        std::process::exit(if error.use_stderr() { USAGE.into() } else { 0 })
+        std::process::exit(if error.use_stderr() {
+            usage().into()
+        } else {
+            0
+        })
     });
     let filter = match EnvFilter::try_new(&cli.log) {
         Ok(filter) => filter,
@@ -77,6 +92,7 @@ fn main() -> ExitCode {
         Role::Controller(args) => hawser::kube::controller::run(args),
         Role::Manifests(args) => hawser::kube::manifests::run(&args),
         Role::Hook(args) => hawser::kube::hook::run(&args),
+        Role::Verify(args) => Ok(hawser::verify::command::run(&args)),
     };
     result.unwrap_or_else(|error| {
         eprintln!("hawser: {error:#}");

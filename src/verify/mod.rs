@@ -7,6 +7,7 @@
 
 mod check;
 mod checks;
+pub mod command;
 mod failure;
 mod link;
 mod mode;

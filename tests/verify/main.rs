@@ -7,6 +7,7 @@
 )]
 
 mod certificates;
+mod command;
 mod faulty;
 mod hostile;
 mod peers;

@@ -100,7 +100,7 @@ impl Bench {
 }
 
 /// A process that ends with its test.
-struct Peer(Child);
+pub(crate) struct Peer(pub(crate) Child);
 
 impl Drop for Peer {
     fn drop(&mut self) {
