@@ -291,6 +291,7 @@ mod tests {
             content: Content::Block,
             context: Default::default(),
             certificates: Default::default(),
+            port: None,
             attachments,
         };
         let mut object = NbdVolume::new(VolumeId::from_bytes([1; 16]).as_str(), spec);

@@ -120,6 +120,7 @@ mod tests {
             content: Content::Block,
             context: Default::default(),
             certificates: Default::default(),
+            port: None,
             attachments: Vec::new(),
         };
         let mut volume = NbdVolume::new(id(number).as_str(), spec);

@@ -9,7 +9,6 @@ mod secrets;
 mod server;
 mod site;
 
-pub(crate) use self::admission::check_format;
 pub use self::command::{Args, run};
 pub use self::installation::{Installation, Settings};
 pub use self::recover::OpenError;

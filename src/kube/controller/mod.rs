@@ -82,7 +82,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         .await
         .context("find the API server (run in a pod, or set KUBECONFIG)")?;
     let ready = Arc::new(AtomicBool::new(false));
-    let health = args.health.map(|address| {
+    if let Some(address) = args.health {
         let ready = Arc::clone(&ready);
         let check = move || {
             let is_ready = ready.load(Ordering::Relaxed);
@@ -93,8 +93,10 @@ async fn serve(args: Args) -> anyhow::Result<()> {
                 }
             }
         };
-        tokio::spawn(daemon::serve_health(address, check))
-    });
+        daemon::serve_health(address, || async { Ok(()) }, check)
+            .await
+            .with_context(|| format!("answer health checks on {address}"))?;
+    }
     let view = View::watch(&client, &args.namespace);
     let mut told = Box::pin(stop.told());
     // Before everything is known, the answers would be wrong.
@@ -129,9 +131,6 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!(%error, "the Lease is not let go; it ends by itself"),
         Err(_) => tracing::warn!("the Lease is not let go in time; it ends by itself"),
-    }
-    if let Some(health) = health {
-        health.abort();
     }
     served.context("serve CSI")?;
     std::fs::remove_file(path).with_context(|| format!("remove {}", path.display()))
