@@ -59,6 +59,7 @@ impl Choice {
             intrusive: self.intrusive,
             only: ids,
             limit: Duration::from_secs(self.limit),
+            ..Selection::default()
         })
     }
 
