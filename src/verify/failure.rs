@@ -59,10 +59,6 @@ impl Failure {
                 | Reason::Tls(rustls::Error::AlertReceived(_))
         )
     }
-
-    pub(super) fn is_timeout(&self) -> bool {
-        matches!(*self.reason, Reason::TimedOut(_))
-    }
 }
 
 impl fmt::Display for Failure {

@@ -78,6 +78,11 @@ impl Link {
         name: ServerName<'static>,
     ) -> Result<(), Reason> {
         let tls = ClientConnection::new(config, name).map_err(Reason::Tls)?;
+        self.resume_tls(tls)
+    }
+
+    /// Goes on with a handshake whose first message may have been sent already.
+    pub(super) fn resume_tls(&mut self, tls: ClientConnection) -> Result<(), Reason> {
         self.tls = Some(Box::new(tls));
         self.flush()?;
         while self.tls.as_ref().is_some_and(|tls| tls.is_handshaking()) {
@@ -278,6 +283,19 @@ impl Link {
         }
         Ok(left)
     }
+}
+
+/// A TLS connection and its first message, which is not in it any more.
+pub(super) fn hello(
+    config: Arc<ClientConfig>,
+    name: ServerName<'static>,
+) -> Result<(ClientConnection, Vec<u8>), Reason> {
+    let mut tls = ClientConnection::new(config, name).map_err(Reason::Tls)?;
+    let mut bytes = Vec::new();
+    while tls.wants_write() {
+        tls.write_tls(&mut bytes).map_err(Reason::Io)?;
+    }
+    Ok((tls, bytes))
 }
 
 /// Whether the peer is simply not there any more.

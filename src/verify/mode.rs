@@ -8,11 +8,11 @@ use serde::Serialize;
 use super::check::{Stop, brief};
 use super::failure::{Cancel, Failure};
 use super::server::Server;
-use super::session::{Session, go, greeting, query};
+use super::session::{go, greeting, query};
 use super::subject::{NO_CERTIFICATES, Subject};
 use crate::client::{Reason, Step};
 use crate::nbd::client::Fault;
-use crate::nbd::{BlockSizes, ExportName, OptionCode, ReplyCode, TransmissionFlags};
+use crate::nbd::{BlockSizes, OptionCode, ReplyCode, TransmissionFlags};
 
 /// Exports and contexts that a summary names.
 const NAMES: usize = 64;
@@ -118,7 +118,7 @@ impl Survey {
         survey
     }
 
-    /// The greeting, and how options fare before TLS.
+    /// The greeting, and how options fare before TLS: each on a connection of its own, so that none spoils another.
     fn plaintext(&mut self, subject: &Subject<'_>) -> Result<(), Failure> {
         let mut link = subject.link()?;
         let flags = greeting(&mut link)?;
@@ -126,51 +126,53 @@ impl Survey {
         if flags & 1 == 0 {
             return Err(Failure::new(Step::Greeting, Fault::NotFixedNewstyle));
         }
-        link.write_all(&u32::from(flags & 3).to_be_bytes())
-            .map_err(Failure::at(Step::Greeting))?;
         let second = subject
             .link()
             .and_then(|mut link| link.stirs(SECOND).map_err(Failure::at(Step::Greeting)));
         self.features.concurrent_sessions = second.ok();
-        let mut session = Session::at_options(link);
-        let nobody = ExportName::default();
-        let options = [
+        drop(link);
+        let mut refused = Vec::new();
+        let mut answered = Vec::new();
+        let export = subject.other_export();
+        for (option, payload) in [
             (OptionCode(0x7fff_fff0), Vec::new()),
             (OptionCode::LIST, Vec::new()),
             (OptionCode::STRUCTURED_REPLY, Vec::new()),
-            (OptionCode::LIST_META_CONTEXT, query(&nobody, &[])),
-            (OptionCode::INFO, go(&subject.other_export(), &[])),
-        ];
-        let mut refused = Vec::new();
-        let mut other = Vec::new();
-        for (option, payload) in options {
-            let code = session.ask(option, &payload)?.last.code;
-            match code {
-                ReplyCode::ERR_TLS_REQD => refused.push(option.to_string()),
-                code => other.push(format!("{option} {code}")),
+            (OptionCode::LIST_META_CONTEXT, query(&export, &[])),
+            (OptionCode::INFO, go(&export, &[])),
+        ] {
+            let mut session = subject.plaintext()?;
+            match session.ask(option, &payload) {
+                Ok(answer) if answer.last.code == ReplyCode::ERR_TLS_REQD => {
+                    refused.push(option.to_string());
+                }
+                Ok(answer) => answered.push(format!("{option} {}", answer.last.code)),
+                Err(failure) if failure.is_end() => answered.push(format!("{option} the end")),
+                Err(failure) => return Err(failure),
             }
         }
+        let mut session = subject.plaintext()?;
         session.send(OptionCode::STARTTLS, &[])?;
-        match session.accepted(OptionCode::STARTTLS) {
-            Err(failure) => {
-                let Reason::Fault(Fault::TlsRefused { code, .. }) = *failure.reason else {
-                    return Err(failure);
-                };
-                self.mode = Mode::NoTls;
-                self.evidence = format!("STARTTLS was refused with {code}");
+        let accepted = session.accepted(OptionCode::STARTTLS);
+        (self.mode, self.evidence) = match accepted {
+            Err(Failure { reason, .. })
+                if matches!(*reason, Reason::Fault(Fault::TlsRefused { .. })) =>
+            {
+                (Mode::NoTls, reason.to_string())
             }
-            Ok(()) if refused.len() > other.len() => {
-                self.mode = Mode::Forced;
-                self.evidence = format!("before TLS, {} got ERR_TLS_REQD", refused.join(", "));
-            }
-            Ok(()) => {
-                self.mode = Mode::Selective;
-                self.evidence = format!(
-                    "STARTTLS was accepted, and before it {} had their answer",
-                    other.join(", ")
-                );
-            }
-        }
+            Err(failure) if !failure.is_violation() => return Err(failure),
+            _ if refused.len() > answered.len() => (
+                Mode::Forced,
+                format!("before TLS, {} got ERR_TLS_REQD", refused.join(", ")),
+            ),
+            _ => (
+                Mode::Selective,
+                format!(
+                    "STARTTLS was accepted, and before TLS the answers were: {}",
+                    answered.join(", ")
+                ),
+            ),
+        };
         Ok(())
     }
 
@@ -214,6 +216,8 @@ impl Survey {
         let extended = session.ask(OptionCode::EXTENDED_HEADERS, &[])?;
         self.features.extended_headers = Some(extended.last.code == ReplyCode::ACK);
         session.abort();
+        let (session, _) = subject.admitted()?;
+        session.go(subject.export())?.disconnect();
         Ok(())
     }
 }

@@ -33,6 +33,8 @@ pub struct Selection {
     pub intrusive: bool,
     /// Ids of checks, or names of groups; empty for all.
     pub only: Vec<String>,
+    /// Ids of checks, or names of groups, that are left out.
+    pub skip: Vec<String>,
     /// For the whole run: checks that have not begun by then are not run.
     pub limit: Duration,
 }
@@ -43,6 +45,7 @@ impl Default for Selection {
             write: false,
             intrusive: false,
             only: Vec::new(),
+            skip: Vec::new(),
             limit: Duration::from_secs(300),
         }
     }
@@ -51,12 +54,13 @@ impl Default for Selection {
 impl Selection {
     /// The checks it asks for, whether or not it allows them.
     fn checks(&self) -> impl Iterator<Item = &'static Check> {
-        CHECKS.iter().copied().filter(|check| {
-            self.only.is_empty()
-                || self
-                    .only
-                    .iter()
-                    .any(|wanted| wanted == check.id || *wanted == check.group.to_string())
+        let names = |names: &[String], check: &Check| {
+            names
+                .iter()
+                .any(|name| name == check.id || *name == check.group.to_string())
+        };
+        CHECKS.iter().copied().filter(move |check| {
+            (self.only.is_empty() || names(&self.only, check)) && !names(&self.skip, check)
         })
     }
 
@@ -102,6 +106,7 @@ struct Run<'a> {
     /// When no further check begins.
     end: Option<Instant>,
     at_a_time: usize,
+    concurrent: bool,
     progress: &'a (dyn Fn(Progress<'_>) + Sync),
     done: AtomicUsize,
     of: usize,
@@ -125,6 +130,7 @@ pub fn battery(target: &Target) -> Report {
         cancel: &Cancel::new(),
         end: None,
         at_a_time: AT_A_TIME,
+        concurrent: true,
         progress: &|_| {},
         done: AtomicUsize::new(0),
         of: checks.len(),
@@ -162,6 +168,7 @@ pub fn run(
         cancel,
         end: Some(started + selection.limit),
         at_a_time: if concurrent { AT_A_TIME } else { 1 },
+        concurrent,
         progress,
         done: AtomicUsize::new(0),
         of: checks.len(),
@@ -299,11 +306,12 @@ impl Run<'_> {
         }
         (self.progress)(Progress::Begun(check));
         let time = match check.needs {
-            Needs::Intrusive => INTRUSION,
+            Needs::Intrusive => INTRUSION.min(5 * self.server.timeout),
             _ => self.server.timeout.min(CHECK),
         };
         // A check that panics leaves nothing behind: it owns its sessions, and only reads its subject.
-        let subject = Subject::new(self.server, self.mode, self.cancel, started + time);
+        let mut subject = Subject::new(self.server, self.mode, self.cancel, started + time);
+        subject.concurrent = self.concurrent;
         let outcome = catch_unwind(AssertUnwindSafe(|| check.run(&subject))).unwrap_or_else(|_| {
             over("the check itself failed, which is a fault of Hawser: please report it")
         });

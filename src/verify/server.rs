@@ -67,7 +67,9 @@ impl Identity {
         })
     }
 
-    pub(super) fn of(config: Arc<ClientConfig>) -> Self {
+    /// A client that is configured already, for whatever TLS versions.
+    #[must_use]
+    pub fn of(config: Arc<ClientConfig>) -> Self {
         Self {
             any: config,
             tls12: None,

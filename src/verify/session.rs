@@ -35,7 +35,8 @@ pub(super) const USUAL: [InfoType; 2] = [InfoType::DESCRIPTION, InfoType::BLOCK_
 #[derive(Debug)]
 pub(super) struct Session {
     link: Link,
-    structured: bool,
+    /// Whether EXPORT_NAME is answered with 124 zeroes.
+    zeroes: bool,
 }
 
 /// One reply to an option, whole.
@@ -84,24 +85,31 @@ pub(super) fn greeting(link: &mut Link) -> Result<u16, Failure> {
 }
 
 impl Session {
-    /// Answers the greeting with the flags that it offers.
-    pub(super) fn begin(mut link: Link) -> Result<Self, Failure> {
+    /// Answers the greeting with the flags that it offers, of those in `mask`.
+    pub(super) fn begin(mut link: Link, mask: HandshakeFlags) -> Result<Self, Failure> {
         let offered = HandshakeFlags(u32::from(greeting(&mut link)?));
         if !offered.contains(HandshakeFlags::FIXED_NEWSTYLE) {
             return Err(Failure::new(Step::Greeting, Fault::NotFixedNewstyle));
         }
-        let flags = offered.0 & 3;
-        link.write_all(&flags.to_be_bytes())
+        let flags = HandshakeFlags(offered.0 & mask.0);
+        link.write_all(&flags.0.to_be_bytes())
             .map_err(Failure::at(Step::Greeting))?;
-        Ok(Self::at_options(link))
+        Ok(Self {
+            zeroes: !flags.contains(HandshakeFlags::NO_ZEROES),
+            ..Self::at_options(link)
+        })
     }
 
     /// A connection whose flags were exchanged.
     pub(super) fn at_options(link: Link) -> Self {
         Self {
             link,
-            structured: false,
+            zeroes: false,
         }
+    }
+
+    pub(super) fn has_zeroes(&self) -> bool {
+        self.zeroes
     }
 
     pub(super) fn link(&mut self) -> &mut Link {
@@ -179,9 +187,6 @@ impl Session {
                 .checked_sub(reply.payload.len())
                 .ok_or_else(|| failed(Reason::TooLong { limit: 4 << 20 }))?;
             if reply.code == ReplyCode::ACK || reply.code.is_error() {
-                if asked == OptionCode::STRUCTURED_REPLY && reply.code == ReplyCode::ACK {
-                    self.structured = true;
-                }
                 return Ok(Answer {
                     replies,
                     last: reply,
@@ -247,10 +252,14 @@ impl Session {
         config: Arc<ClientConfig>,
         name: ServerName<'static>,
     ) -> Result<Self, Failure> {
+        let zeroes = self.zeroes;
         let mut link = self.link;
         link.start_tls(config, name)
             .map_err(Failure::at(Step::Handshake))?;
-        Ok(Self::at_options(link))
+        Ok(Self {
+            zeroes,
+            ..Self::at_options(link)
+        })
     }
 
     /// Asks for structured replies.
@@ -340,7 +349,7 @@ impl Session {
 
     /// Transmission has begun.
     pub(super) fn transmit(self, info: ExportInfo) -> Transmission {
-        Transmission::new(self.link, info, self.structured)
+        Transmission::new(self.link, info)
     }
 
     /// Ends the session politely, without waiting for an answer.

@@ -10,14 +10,16 @@ use super::link::Link;
 use super::mode::Mode;
 use super::server::{Identity, Server};
 use super::session::Session;
-use super::transmission::{Reply, Transmission};
-use crate::nbd::{Errno, ExportInfo, ExportName, MAX_STRING};
+use super::transmission::{OwnedChunk, Reply, Transmission};
+use crate::nbd::{Errno, ExportInfo, ExportName, HandshakeFlags, MAX_STRING, TransmissionFlags};
 
 /// The server, and how long the check has.
 #[derive(Debug)]
 pub(super) struct Subject<'a> {
     pub(super) server: &'a Server,
     pub(super) mode: Mode,
+    /// Whether it greets a second client while a first one is connected.
+    pub(super) concurrent: bool,
     cancel: &'a Cancel,
     deadline: Instant,
 }
@@ -32,8 +34,17 @@ impl<'a> Subject<'a> {
         Self {
             server,
             mode,
+            concurrent: true,
             cancel,
             deadline,
+        }
+    }
+
+    /// The same, with less time.
+    pub(super) fn hurried(&self, time: Duration) -> Self {
+        Self {
+            deadline: self.deadline.min(Instant::now() + time),
+            ..*self
         }
     }
 
@@ -66,7 +77,8 @@ impl<'a> Subject<'a> {
 
     /// A session in plaintext, at the options.
     pub(super) fn plaintext(&self) -> Result<Session, Failure> {
-        Session::begin(self.link()?)
+        let both = HandshakeFlags::FIXED_NEWSTYLE.with(HandshakeFlags::NO_ZEROES);
+        Session::begin(self.link()?, both)
     }
 
     /// Our certificate and the server's name.
@@ -94,7 +106,18 @@ impl<'a> Subject<'a> {
 
     /// A session at the options from which the export is to be had.
     pub(super) fn session(&self) -> Result<Session, Stop> {
-        let session = self.plaintext()?;
+        self.go_on(self.plaintext()?)
+    }
+
+    /// The same, without NO_ZEROES.
+    pub(super) fn session_with_zeroes(&self) -> Result<Session, Stop> {
+        self.go_on(Session::begin(
+            self.link()?,
+            HandshakeFlags::FIXED_NEWSTYLE,
+        )?)
+    }
+
+    fn go_on(&self, session: Session) -> Result<Session, Stop> {
         if self.is_secured() {
             return self.upgrade(session, &[]);
         }
@@ -124,6 +147,32 @@ impl<'a> Subject<'a> {
     pub(super) fn transmitting(&self) -> Result<Transmission, Stop> {
         let (session, _) = self.admitted()?;
         self.go(session)
+    }
+
+    /// The same, with structured replies.
+    pub(super) fn structured(&self) -> Result<Transmission, Stop> {
+        let (mut session, _) = self.admitted()?;
+        if let Err(refusal) = session.structured_reply().map_err(broke)? {
+            return Err(Stop::Inapplicable(format!(
+                "the server has no structured replies: {refusal}"
+            )));
+        }
+        self.go(session)
+    }
+
+    /// A session that may write, on an export with room for `length` bytes.
+    pub(super) fn writing(&self, length: u64) -> Result<Transmission, Stop> {
+        let session = self.transmitting()?;
+        let info = &session.info;
+        if info.flags.contains(TransmissionFlags::READ_ONLY) {
+            return Err(Stop::Inapplicable("the export is read-only".into()));
+        }
+        if info.size < length {
+            return Err(Stop::Inapplicable(format!(
+                "the export is smaller than {length} bytes"
+            )));
+        }
+        Ok(session)
     }
 }
 
@@ -171,6 +220,47 @@ pub(super) fn require_simple_read(session: &mut Transmission, length: u32) -> Re
             )
         },
     )
+}
+
+/// The content of a READ of `length` bytes at `offset`, in whatever form it came.
+pub(super) fn content(
+    session: &mut Transmission,
+    offset: u64,
+    length: u32,
+) -> Result<Vec<u8>, Stop> {
+    let reply = session.read(offset, length).map_err(broke)?;
+    let unfit = || {
+        Stop::Finding(format!(
+            "READ of {length} bytes at {offset} was answered with {}",
+            shape(&reply)
+        ))
+    };
+    match &reply {
+        Reply::Simple {
+            errno: Errno::OK,
+            data,
+        } => Ok(data.clone()),
+        Reply::Structured(chunks) if reply.errno() == Errno::OK => {
+            let mut content = vec![0; length as usize];
+            for chunk in chunks {
+                let OwnedChunk::Data { offset: at, data } = chunk else {
+                    continue;
+                };
+                let start = at.checked_sub(offset).ok_or_else(unfit)?;
+                let start = usize::try_from(start).map_err(|_| unfit())?;
+                let end = start.checked_add(data.len()).ok_or_else(unfit)?;
+                let place = content.get_mut(start..end).ok_or_else(unfit)?;
+                place.copy_from_slice(data);
+            }
+            Ok(content)
+        }
+        _ => Err(unfit()),
+    }
+}
+
+/// A session that goes on: READ works.
+pub(super) fn require_read(session: &mut Transmission, length: u32) -> Result<(), Stop> {
+    content(session, 0, length).map(|_| ())
 }
 
 /// A reply in a few words.

@@ -18,16 +18,14 @@ pub(super) struct Transmission {
     link: Link,
     /// What GO said.
     pub(super) info: ExportInfo,
-    pub(super) structured: bool,
     cookie: u64,
 }
 
 impl Transmission {
-    pub(super) fn new(link: Link, info: ExportInfo, structured: bool) -> Self {
+    pub(super) fn new(link: Link, info: ExportInfo) -> Self {
         Self {
             link,
             info,
-            structured,
             // Not small numbers, so that a server that invents cookies is found out.
             cookie: 0x6861_7773_6572_0000,
         }

@@ -42,6 +42,127 @@ pub(super) const FOREIGN_REFUSED: Check = Check {
     ..Check::USUAL
 };
 
+/// C27.
+pub(super) const SERVER_GENUINE: Check = Check {
+    id: "server-certificate-valid",
+    title: "The server's certificate is valid now, for this name, and from an authority that the client trusts",
+    group: Group::Certificates,
+    section: SECTION,
+    severity: Severity::Security,
+    why: "Clients cannot tell the server from somebody in between, or learn not to look.",
+    rules: &[27],
+    scope: Scope::Tls,
+    question: server_genuine,
+    ..Check::USUAL
+};
+
+/// C27.
+pub(super) const EXPIRED_REFUSED: Check = Check {
+    id: "expired-client-refused",
+    title: "A client whose certificate has ended is refused",
+    group: Group::Certificates,
+    section: SECTION,
+    severity: Severity::Security,
+    why: "A certificate that was meant to be of no use any more still opens the volume.",
+    rules: &[27],
+    scope: Scope::Secured,
+    question: expired_refused,
+    ..Check::USUAL
+};
+
+/// C33.
+pub(super) const OTHER_REFUSED: Check = Check {
+    id: "other-identity-refused",
+    title: "Another client of the same authority learns nothing of this export, by no option",
+    group: Group::Certificates,
+    section: SECTION,
+    severity: Severity::Security,
+    why: "Whoever has any certificate of this authority can use, or find out about, everybody's volumes.",
+    rules: &[33],
+    scope: Scope::Secured,
+    question: other_refused,
+    ..Check::USUAL
+};
+
+fn server_genuine(subject: &Subject<'_>) -> Result<String, Stop> {
+    let (identity, name) = subject.credentials()?;
+    let result = subject
+        .plaintext()
+        .and_then(|session| session.upgrade(identity.any.clone(), name.clone(), &[]));
+    match result {
+        Ok(session) => {
+            session.abort();
+            Ok(format!("it is {}'s", name.to_str()))
+        }
+        Err(failure)
+            if matches!(
+                *failure.reason,
+                Reason::Tls(rustls::Error::InvalidCertificate(_))
+            ) =>
+        {
+            Err(broke(failure))
+        }
+        // It was looked at before our own was refused.
+        Err(failure) if failure.is_end() && failure.step == Step::Handshake => {
+            Ok("the handshake ended for another reason".into())
+        }
+        Err(failure) => Err(failure.into()),
+    }
+}
+
+fn expired_refused(subject: &Subject<'_>) -> Result<String, Stop> {
+    let Some(expired) = &subject.server.expired else {
+        return Err(Stop::Inapplicable(
+            "no expired certificate was given".into(),
+        ));
+    };
+    refused(subject, expired.any.clone())
+}
+
+fn other_refused(subject: &Subject<'_>) -> Result<String, Stop> {
+    let Some(other) = &subject.server.other else {
+        return Err(Stop::Inapplicable(
+            "no other client's certificate was given".into(),
+        ));
+    };
+    let (_, name) = subject.credentials()?;
+    let session = subject
+        .plaintext()
+        .and_then(|session| session.upgrade(other.any.clone(), name, &[]));
+    let mut session = match session {
+        Ok(session) => session,
+        Err(failure) if is_refusal(&failure) => return Ok(failure.reason.to_string()),
+        Err(failure) => return Err(failure.into()),
+    };
+    // In TLS 1.3 the first answer tells.
+    let told = match session.info(subject.export()) {
+        Ok(told) => told,
+        Err(failure) if is_refusal(&failure) => return Ok(failure.reason.to_string()),
+        Err(failure) => return Err(failure.into()),
+    };
+    if let Ok(info) = told {
+        return Err(Stop::Finding(format!(
+            "INFO told another client of the export of {} bytes",
+            info.size
+        )));
+    }
+    let names = session.list().map_err(broke)?.unwrap_or_default();
+    require(
+        !names.iter().any(|name| name == subject.export().as_str()),
+        || "LIST named the export to another client".to_owned(),
+    )?;
+    if session.structured_reply().map_err(broke)?.is_ok() {
+        let contexts = session
+            .list_meta_context(subject.export(), &[])
+            .map_err(broke)?;
+        require(contexts.is_err(), || {
+            "LIST_META_CONTEXT told another client that the export exists".to_owned()
+        })?;
+    }
+    session.abort();
+    Ok("it was let in, and learned nothing of the export".into())
+}
+
 fn anonymous_refused(subject: &Subject<'_>) -> Result<String, Stop> {
     let (identity, _) = subject.credentials()?;
     let mut config = (*identity.any).clone();

@@ -100,7 +100,7 @@ pub(super) fn select_allocation(
 }
 
 /// A feature that the server says it does not have; any other refusal is a fault.
-fn lacking(feature: &str, refusal: &Refusal) -> Stop {
+pub(super) fn lacking(feature: &str, refusal: &Refusal) -> Stop {
     match refusal.code {
         ReplyCode::ERR_UNSUP | ReplyCode::ERR_POLICY | ReplyCode::ERR_PLATFORM => {
             Stop::Inapplicable(format!("the server has no {feature}: {refusal}"))
@@ -236,7 +236,7 @@ fn empty_selection_clears(subject: &Subject<'_>) -> Result<String, Stop> {
     Ok("nothing was left in force".into())
 }
 
-fn void(subject: &Subject<'_>, probe: Session, length: u32) -> Result<(), Stop> {
+pub(super) fn void(subject: &Subject<'_>, probe: Session, length: u32) -> Result<(), Stop> {
     let mut session = subject.go(probe)?;
     require_no_contexts(&mut session, length)?;
     session.disconnect();

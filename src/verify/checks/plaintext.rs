@@ -223,7 +223,7 @@ fn state_dropped(subject: &Subject<'_>) -> Result<String, Stop> {
 }
 
 /// On a session that negotiated nothing inside TLS, nothing may be in force.
-fn nothing_survived(subject: &Subject<'_>, mut probe: Session) -> Result<(), Stop> {
+pub(super) fn nothing_survived(subject: &Subject<'_>, mut probe: Session) -> Result<(), Stop> {
     let info = subject.info(&mut probe)?;
     let mut session = subject.go(probe)?;
     if let Some(length) = one_block(&info) {
@@ -235,7 +235,7 @@ fn nothing_survived(subject: &Subject<'_>, mut probe: Session) -> Result<(), Sto
 }
 
 /// A finding that a session without any plaintext options has too is another check's.
-fn unless_always(subject: &Subject<'_>, stop: Stop) -> Stop {
+pub(super) fn unless_always(subject: &Subject<'_>, stop: Stop) -> Stop {
     let Stop::Finding(evidence) = stop else {
         return stop;
     };
@@ -297,4 +297,36 @@ fn tls_offered(subject: &Subject<'_>) -> Result<String, Stop> {
         "the server has no TLS".to_owned()
     })?;
     Ok(format!("without TLS, INFO about the export gets {code}"))
+}
+
+/// Where exports are to be had with and without TLS.
+pub(super) const SELECTIVE_ANSWERS: Check = Check {
+    id: "selective-options-answered",
+    title: "Where TLS is at the client's option, only INFO, GO and EXPORT_NAME may ask for it",
+    group: Group::Plaintext,
+    section: "SELECTIVETLS mode",
+    severity: Severity::Interoperability,
+    why: "Clients take a server that refuses other options for one that forces TLS.",
+    rules: &[15, 18, 19, 20],
+    scope: Scope::Selective,
+    question: selective_answers,
+    ..Check::USUAL
+};
+
+fn selective_answers(subject: &Subject<'_>) -> Result<String, Stop> {
+    let mut session = subject.plaintext()?;
+    for (option, payload) in [
+        (OptionCode::LIST, Vec::new()),
+        (OptionCode(0x7fff_ffff), Vec::new()),
+        (OptionCode::STRUCTURED_REPLY, Vec::new()),
+        (OptionCode::LIST_META_CONTEXT, allocation(subject.export())),
+        (OptionCode::SET_META_CONTEXT, allocation(subject.export())),
+    ] {
+        let code = session.ask(option, &payload).map_err(broke)?.last.code;
+        require(code != ReplyCode::ERR_TLS_REQD, || {
+            format!("{option} before TLS got ERR_TLS_REQD")
+        })?;
+    }
+    session.abort();
+    Ok("no option but INFO, GO and EXPORT_NAME asked for TLS".into())
 }

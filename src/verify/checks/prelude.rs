@@ -11,6 +11,7 @@ pub(super) use crate::verify::failure::Failure;
 pub(super) use crate::verify::mode::Mode;
 pub(super) use crate::verify::session::Session;
 pub(super) use crate::verify::subject::{
-    Subject, a_block, one_block, require_no_contexts, require_simple_read, shape,
+    Subject, a_block, content, one_block, require_no_contexts, require_read, require_simple_read,
+    shape,
 };
 pub(super) use crate::verify::transmission::Transmission;
