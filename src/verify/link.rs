@@ -30,6 +30,8 @@ pub(super) struct Link {
     deadline: Instant,
     cancel: Cancel,
     tls: Option<Box<ClientConnection>>,
+    /// What came for TLS, and was not given to it yet.
+    raw: Vec<u8>,
     /// Whether anything came inside TLS: before that, an end means that our certificate was not accepted.
     heard: bool,
 }
@@ -58,6 +60,7 @@ impl Link {
             deadline,
             cancel: cancel.clone(),
             tls: None,
+            raw: Vec::new(),
             heard: false,
         })
     }
@@ -128,6 +131,9 @@ impl Link {
 
     /// Whether something comes, or the connection ends, within `patience`.
     pub(super) fn stirs(&mut self, patience: Duration) -> Result<bool, Reason> {
+        if !self.raw.is_empty() {
+            return Ok(true);
+        }
         let end = Instant::now() + patience;
         let deadline = self.deadline;
         self.deadline = end.min(deadline);
@@ -221,26 +227,38 @@ impl Link {
         }
     }
 
-    /// Takes what the socket has for TLS.
+    /// Gives TLS what the socket has, until there is something to read: rustls does not hold more than that.
     fn pull(&mut self) -> Result<(), Reason> {
-        let mut piece = [0; 16 << 10];
-        let count = self.pop(&mut piece)?;
+        if self.raw.is_empty() {
+            let mut piece = [0; 16 << 10];
+            let count = self.pop(&mut piece)?;
+            if count == 0 {
+                return Err(Reason::Closed);
+            }
+            self.raw.extend_from_slice(&piece[..count]);
+        }
         let Some(tls) = self.tls.as_mut() else {
             return Ok(());
         };
-        if count == 0 {
-            return Err(Reason::Closed);
-        }
-        let mut rest = &piece[..count];
+        let mut rest = self.raw.as_slice();
         let mut processed = Ok(());
-        while !rest.is_empty() && processed.is_ok() {
+        while !rest.is_empty() {
             if tls.read_tls(&mut rest).map_err(Reason::Io)? == 0 {
                 return Err(Reason::Closed);
             }
-            processed = tls.process_new_packets().map(|_| ());
+            match tls.process_new_packets() {
+                Ok(state) if state.plaintext_bytes_to_read() == 0 => {}
+                Ok(_) => break,
+                Err(error) => {
+                    processed = Err(Reason::Tls(error));
+                    break;
+                }
+            }
         }
+        let taken = self.raw.len() - rest.len();
+        self.raw.drain(..taken);
         let flushed = self.flush();
-        processed.map_err(Reason::Tls)?;
+        processed?;
         flushed
     }
 

@@ -5,15 +5,17 @@ use std::time::Duration;
 
 use hawser::nbd::ExportName;
 use hawser::tls::{self, Authority, Leaf, Profile, Secret, Side};
-use hawser::verify::Target;
+use hawser::verify::{Identity, Target};
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::aws_lc_rs::default_provider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::version::{TLS12, TLS13};
 use rustls::{
-    DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
+    CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
+    SignatureScheme,
 };
 
 /// Which clients a server lets in.
@@ -25,19 +27,46 @@ pub(crate) enum Clients {
     AlsoAnonymous,
     /// Whoever presents anything.
     AnyCertificate,
+    /// Those too whose certificate has ended.
+    AlsoExpired,
     /// Everyone: no certificate is asked for.
     Everyone,
 }
 
-/// A server's configuration, and the target that reaches it with a genuine client's certificate once its address is
-/// known.
-pub(crate) fn volume(clients: Clients) -> (Arc<ServerConfig>, Target) {
+/// Which versions of TLS a server speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Versions {
+    Both,
+    Only12,
+    Only13,
+}
+
+/// A server's configuration, the target that reaches it with a genuine client's certificate once its address is known,
+/// and all the certificates there are to try it with.
+pub(crate) struct Volume {
+    pub(crate) config: Arc<ServerConfig>,
+    pub(crate) target: Target,
+    pub(crate) identity: Identity,
+    pub(crate) other: Identity,
+    pub(crate) expired: Identity,
+}
+
+/// A volume whose server has a certificate with this name.
+pub(crate) fn volume(clients: Clients, versions: Versions, name: &str) -> Volume {
     let authority = Authority::temporary().unwrap();
-    let leaf = Leaf::new(Side::Server, vec!["volume.server.test".into()]);
+    let leaf = Leaf::new(Side::Server, vec![name.into()]);
     let server = authority.issue(&leaf).unwrap();
-    let leaf = Leaf::new(Side::Client, vec!["volume.client.test".into()]);
-    let client = authority.issue(&leaf).unwrap();
-    let secret = Secret::from_map("the client Secret", &client, Side::Client).unwrap();
+    let issue = |name: &str, ended: bool| {
+        let mut leaf = Leaf::new(Side::Client, vec![name.into()]);
+        if ended {
+            leaf.not_after = leaf.not_before;
+            leaf.not_before -= Duration::from_secs(24 * 60 * 60);
+        }
+        let directory = tempfile::tempdir().unwrap();
+        tls::write_secret(directory.path(), &authority.issue(&leaf).unwrap()).unwrap();
+        Secret::load_expired(directory.path(), Side::Client).unwrap()
+    };
+    let secret = issue("volume.client.test", false);
     let target = Target {
         address: ([127, 0, 0, 1], 0).into(),
         export: ExportName::try_from("volume/attachment").unwrap(),
@@ -55,13 +84,29 @@ pub(crate) fn volume(clients: Clients) -> (Arc<ServerConfig>, Target) {
         Clients::AlsoAnonymous => verifier.allow_unauthenticated().build().unwrap(),
         _ => verifier.build().unwrap(),
     };
+    let versions: &[_] = match versions {
+        Versions::Both => &[&TLS12, &TLS13],
+        Versions::Only12 => &[&TLS12],
+        Versions::Only13 => &[&TLS13],
+    };
     let builder = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
+        .with_protocol_versions(versions)
         .unwrap();
     let builder = match clients {
         Clients::Genuine | Clients::AlsoAnonymous => builder.with_client_cert_verifier(verifier),
         Clients::AnyCertificate => {
-            builder.with_client_cert_verifier(Arc::new(AnyCertificate(verifier)))
+            builder.with_client_cert_verifier(Arc::new(Lax(verifier, |_| true)))
+        }
+        Clients::AlsoExpired => {
+            let expired = |refusal: &rustls::Error| {
+                matches!(
+                    refusal,
+                    rustls::Error::InvalidCertificate(
+                        CertificateError::Expired | CertificateError::ExpiredContext { .. }
+                    )
+                )
+            };
+            builder.with_client_cert_verifier(Arc::new(Lax(verifier, expired)))
         }
         Clients::Everyone => builder.with_no_client_auth(),
     };
@@ -71,25 +116,34 @@ pub(crate) fn volume(clients: Clients) -> (Arc<ServerConfig>, Target) {
     let key = PrivateKeyDer::from_pem_slice(&server[tls::KEY]).unwrap();
     let mut config = builder.with_single_cert(chain, key).unwrap();
     config.send_tls13_tickets = 0;
-    (Arc::new(config), target)
+    Volume {
+        config: Arc::new(config),
+        target,
+        identity: Identity::new(&secret).unwrap(),
+        other: Identity::new(&issue("another.client.test", false)).unwrap(),
+        expired: Identity::new(&issue("volume.client.test", true)).unwrap(),
+    }
 }
 
-/// Checks that the client has the key it shows, and not where its certificate comes from.
+/// Checks that the client has the key it shows, and lets some pass whose certificate is refused.
 #[derive(Debug)]
-struct AnyCertificate(Arc<dyn ClientCertVerifier>);
+struct Lax(Arc<dyn ClientCertVerifier>, fn(&rustls::Error) -> bool);
 
-impl ClientCertVerifier for AnyCertificate {
+impl ClientCertVerifier for Lax {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         self.0.root_hint_subjects()
     }
 
     fn verify_client_cert(
         &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: UnixTime,
+        leaf: &CertificateDer<'_>,
+        chain: &[CertificateDer<'_>],
+        now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        Ok(ClientCertVerified::assertion())
+        match self.0.verify_client_cert(leaf, chain, now) {
+            Err(refusal) if (self.1)(&refusal) => Ok(ClientCertVerified::assertion()),
+            verdict => verdict,
+        }
     }
 
     fn verify_tls12_signature(

@@ -13,8 +13,10 @@ use hawser::nbd::{ChunkType, Cookie, Errno, OptionCode, ReplyCode, magic};
 use hawser::verify::Target;
 use rustls::ServerConfig;
 
-use super::certificates::{Clients, volume};
-use super::faulty::{Fault, Secured, option};
+use super::certificates::{Clients, Versions, volume};
+use super::faulty::{Fault, Options, Shared, Tls, option};
+
+type Secured = Options<Tls>;
 
 /// What the server does to its client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,7 +82,8 @@ pub(crate) const ALL: &[Hostility] = &[
 ];
 
 pub(crate) fn start(hostility: Hostility) -> Target {
-    let (config, mut target) = volume(Clients::Genuine);
+    let volume = volume(Clients::Genuine, Versions::Both, "volume.server.test");
+    let (config, mut target) = (volume.config, volume.target);
     let listener = TcpListener::bind(target.address).unwrap();
     target.address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
@@ -183,7 +186,10 @@ fn serve(
             ];
             endless(socket, odd[count % odd.len()])
         }
-        _ => inside(Secured::new(socket, config, Fault::Nothing)?, hostility),
+        _ => inside(
+            Secured::secured(socket, config, Shared::new(Fault::Nothing))?,
+            hostility,
+        ),
     }
 }
 

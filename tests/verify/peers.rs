@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use hawser::client::kernel_session;
 use hawser::nbd::ExportName;
 use hawser::tls::{self, Authority, Leaf, Profile, Secret, Side};
-use hawser::verify::{Outcome, Policy, Target, battery};
+use hawser::verify::{
+    Cancel, Examined, Identity, Outcome, Policy, Report, Selection, Server, Target, battery, run,
+};
 use rustls::CipherSuite;
 use rustls::pki_types::ServerName;
 use tempfile::TempDir;
@@ -71,6 +73,13 @@ impl Bench {
             tls: tls::client_config(&self.client, profile).unwrap(),
             server_name: ServerName::try_from(SERVER).unwrap(),
             timeout: Duration::from_secs(20),
+        }
+    }
+
+    fn server(&self, address: SocketAddr) -> Server {
+        Server {
+            identity: Some(Identity::new(&self.client).unwrap()),
+            ..Server::from(&self.target(address, Profile::Any))
         }
     }
 
@@ -139,7 +148,7 @@ fn hawser_serve_has_no_finding() {
         .arg(bench.directory.path())
         .arg("--file")
         .arg(bench.path("data"))
-        .args(["--export", EXPORT, "--client", CLIENT])
+        .args(["--export", EXPORT, "--client", CLIENT, "--tls12"])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
@@ -148,7 +157,34 @@ fn hawser_serve_has_no_finding() {
     let mut line = String::new();
     BufReader::new(stdout).read_line(&mut line).unwrap();
     let address = line.trim().strip_prefix("listening on ").unwrap();
-    bench.assert_sound(address.parse().unwrap());
+    let address = address.parse().unwrap();
+    bench.assert_sound(address);
+    let started = Instant::now();
+    let report = examine(&bench.server(address), &Selection::default());
+    assert_eq!(report.findings().count(), 0, "{report}");
+    assert_eq!(report.not_run().count(), 0, "{report}");
+    let seconds = started.elapsed().as_secs();
+    assert!(seconds < 60, "{seconds} s, on a busy machine: {report}");
+    // And what may break it, or overwrite it.
+    let report = examine(
+        &bench.server(address),
+        &Selection {
+            write: true,
+            intrusive: true,
+            ..Selection::default()
+        },
+    );
+    assert_eq!(report.findings().count(), 0, "{report}");
+    assert_eq!(report.not_run().count(), 0, "{report}");
+    let passed = |examined: &&Examined| matches!(examined.outcome, Outcome::Passed { .. });
+    assert!(
+        report.results.iter().filter(passed).count() > 80,
+        "{report}"
+    );
+}
+
+fn examine(server: &Server, selection: &Selection) -> Report {
+    run(server, selection, &|_| {}, &Cancel::new())
 }
 
 #[test]

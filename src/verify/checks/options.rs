@@ -311,15 +311,17 @@ fn tls_required_never(subject: &Subject<'_>) -> Result<String, Stop> {
         (OptionCode::INFO, &info),
         (OptionCode::GO, &info),
     ] {
-        let code = session.ask(option, payload).map_err(broke)?.last.code;
+        // Whether the session survives these is the question of other checks.
+        let Some(code) = refusal(session.ask(option, payload))? else {
+            break;
+        };
         require(code != ReplyCode::ERR_TLS_REQD, || {
             format!("{option} got ERR_TLS_REQD")
         })?;
         if option == OptionCode::GO && code == ReplyCode::ACK {
-            return Ok("it did not come".into());
+            break;
         }
     }
-    session.abort();
     Ok("it did not come".into())
 }
 

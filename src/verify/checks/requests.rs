@@ -116,13 +116,26 @@ pub(super) const FUA_ACCEPTED: Check = Check {
 /// C54.
 pub(super) const READ_ONLY: Check = Check {
     id: "read-only-refuses-writes",
+    title: "WRITE to an export that the server calls read-only fails",
+    group: Group::Transmission,
+    section: "Transmission flags, NBD_FLAG_READ_ONLY",
+    severity: Severity::Data,
+    why: "What must not change can be changed.",
+    rules: &[54],
+    question: read_only,
+    ..Check::USUAL
+};
+
+/// C54, C63.
+pub(super) const READ_ONLY_EPERM: Check = Check {
+    id: "read-only-is-eperm",
     title: "WRITE to an export that the server calls read-only gets EPERM",
     group: Group::Transmission,
     section: ERRORS,
-    severity: Severity::Data,
-    why: "What must not change can be changed, or the client gets an error that means something else.",
-    rules: &[54],
-    question: read_only,
+    severity: Severity::Style,
+    why: "The client's error messages say something else than what is wrong.",
+    rules: &[54, 63],
+    question: read_only_eperm,
     ..Check::USUAL
 };
 
@@ -317,7 +330,7 @@ fn fua_accepted(subject: &Subject<'_>) -> Result<String, Stop> {
 }
 
 /// Writes what is there already, so that even a server that does it does no harm.
-fn read_only(subject: &Subject<'_>) -> Result<String, Stop> {
+fn write_read_only(subject: &Subject<'_>) -> Result<Errno, Stop> {
     let mut session = subject.transmitting()?;
     if !session.info.flags.contains(TransmissionFlags::READ_ONLY) {
         return Err(Stop::Inapplicable("the export is not read-only".into()));
@@ -325,11 +338,24 @@ fn read_only(subject: &Subject<'_>) -> Result<String, Stop> {
     let length = a_block(&session.info)?;
     let data = content(&mut session, 0, length)?;
     let errno = session.write(0, &data).map_err(broke)?.errno();
-    require(errno == Errno::EPERM, || {
-        format!("WRITE to a read-only export got {errno}")
-    })?;
     require_read(&mut session, length)?;
     session.disconnect();
+    Ok(errno)
+}
+
+fn read_only(subject: &Subject<'_>) -> Result<String, Stop> {
+    let errno = write_read_only(subject)?;
+    require(errno != Errno::OK, || {
+        "WRITE to a read-only export succeeded".to_owned()
+    })?;
+    Ok(errno.to_string())
+}
+
+fn read_only_eperm(subject: &Subject<'_>) -> Result<String, Stop> {
+    let errno = write_read_only(subject)?;
+    require(matches!(errno, Errno::EPERM | Errno::OK), || {
+        format!("WRITE to a read-only export got {errno}")
+    })?;
     Ok("EPERM".into())
 }
 

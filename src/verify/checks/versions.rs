@@ -41,8 +41,9 @@ pub(super) const OLD_REFUSED: Check = Check {
     title: "TLS 1.0 and 1.1 are refused",
     group: Group::Certificates,
     section: SECTION,
-    severity: Severity::Security,
-    why: "They have known weaknesses, and somebody in between can lead a session down to them.",
+    severity: Severity::Style,
+    why: "RFC 8996 forbids them, and the specification advises against them: a client that knows nothing newer gets \
+          weak encryption. Newer clients cannot be led down to them.",
     rules: &[27, 28],
     scope: Scope::Tls,
     question: old_refused,

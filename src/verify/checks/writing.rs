@@ -27,7 +27,7 @@ pub(super) const READ_BACK: Check = Check {
 /// C48.
 pub(super) const BEYOND_REFUSED: Check = Check {
     id: "write-beyond-the-end-refused",
-    title: "Writes beyond the export's end fail, their payload is read, and the session goes on",
+    title: "Writes beyond the export's end fail",
     group: Group::Transmission,
     section: ERRORS,
     severity: Severity::Data,
@@ -49,6 +49,20 @@ pub(super) const BEYOND_ENOSPC: Check = Check {
     needs: Needs::Write,
     rules: &[48, 63],
     question: beyond_enospc,
+    ..Check::USUAL
+};
+
+/// C48, C52.
+pub(super) const FAILURE_SURVIVED: Check = Check {
+    id: "failed-write-survived",
+    title: "The payload of a WRITE that fails is read, and the session goes on",
+    group: Group::Transmission,
+    section: "Terminating the transmission phase",
+    severity: Severity::Interoperability,
+    why: "One request that fails takes the connection with it: the payload is taken for requests, or for TLS.",
+    needs: Needs::Write,
+    rules: &[48, 52],
+    question: failure_survived,
     ..Check::USUAL
 };
 
@@ -248,36 +262,50 @@ fn read_back(subject: &Subject<'_>) -> Result<String, Stop> {
     Ok(format!("{} bytes, and a part of them again", filled.len()))
 }
 
-fn beyond(subject: &Subject<'_>) -> Result<Vec<(&'static str, u64, Errno)>, Stop> {
+/// What writes beyond the end came to; the last one may have been the end of the session.
+struct Beyond {
+    seen: Vec<(&'static str, u64, Errno)>,
+    broke: Option<Failure>,
+}
+
+fn beyond(subject: &Subject<'_>) -> Result<Beyond, Stop> {
     let mut session = subject.writing(3 * u64::from(PAGE))?;
     let page = page(&session);
     let data = pattern(0x33, page);
-    let size = session.info.size;
-    let end = size
+    let end = session
+        .info
+        .size
         .checked_next_multiple_of(u64::from(page))
         .unwrap_or(1 << 63);
     let zeroes = session
         .info
         .flags
         .contains(TransmissionFlags::SEND_WRITE_ZEROES);
-    let mut seen = Vec::new();
+    let mut beyond = Beyond {
+        seen: Vec::new(),
+        broke: None,
+    };
     for offset in [end, end.max(1 << 62), u64::MAX - u64::from(page) + 1] {
-        let errno = session.write(offset, &data).map_err(broke)?.errno();
-        seen.push(("WRITE", offset, errno));
-        if zeroes {
-            let reply = session
-                .request(Command::WRITE_ZEROES, CommandFlags(0), offset, page)
-                .map_err(broke)?;
-            seen.push(("WRITE_ZEROES", offset, reply.errno()));
+        let result = session.write(offset, &data).and_then(|reply| {
+            beyond.seen.push(("WRITE", offset, reply.errno()));
+            if zeroes {
+                let flags = CommandFlags(0);
+                let reply = session.request(Command::WRITE_ZEROES, flags, offset, page)?;
+                beyond.seen.push(("WRITE_ZEROES", offset, reply.errno()));
+            }
+            session.read(0, page)
+        });
+        if let Err(failure) = result {
+            beyond.broke = Some(failure);
+            return Ok(beyond);
         }
     }
-    content(&mut session, 0, page)?;
     session.disconnect();
-    Ok(seen)
+    Ok(beyond)
 }
 
 fn beyond_refused(subject: &Subject<'_>) -> Result<String, Stop> {
-    let seen = beyond(subject)?;
+    let Beyond { seen, .. } = beyond(subject)?;
     for (command, offset, errno) in &seen {
         require(*errno != Errno::OK, || {
             format!("{command} at {offset}, beyond the end, succeeded")
@@ -287,12 +315,23 @@ fn beyond_refused(subject: &Subject<'_>) -> Result<String, Stop> {
 }
 
 fn beyond_enospc(subject: &Subject<'_>) -> Result<String, Stop> {
-    for (command, offset, errno) in beyond(subject)? {
+    for (command, offset, errno) in beyond(subject)?.seen {
         require(matches!(errno, Errno::ENOSPC | Errno::OK), || {
             format!("{command} at {offset}, beyond the end, got {errno}")
         })?;
     }
     Ok("ENOSPC".into())
+}
+
+fn failure_survived(subject: &Subject<'_>) -> Result<String, Stop> {
+    let Beyond { seen, broke } = beyond(subject)?;
+    match broke {
+        None => Ok(format!("the session went on after {} requests", seen.len())),
+        Some(failure) => Err(Stop::Finding(format!(
+            "after {} requests beyond the end: {failure}",
+            seen.len()
+        ))),
+    }
 }
 
 fn flag_refused(subject: &Subject<'_>) -> Result<String, Stop> {
