@@ -33,30 +33,6 @@ impl ClientError {
             _ => false,
         }
     }
-
-    /// Whether the server broke the protocol, or kept us waiting: neither a refusal nor a fault of the network or
-    /// of our own certificate explains it.
-    #[must_use]
-    pub fn is_violation(&self) -> bool {
-        match *self.reason {
-            Reason::TimedOut(_) => self.step != Step::Connect,
-            Reason::Tls(ref error) => matches!(
-                error,
-                rustls::Error::InvalidMessage(_)
-                    | rustls::Error::PeerMisbehaved(_)
-                    | rustls::Error::InappropriateMessage { .. }
-                    | rustls::Error::InappropriateHandshakeMessage { .. }
-                    | rustls::Error::DecryptError
-                    | rustls::Error::PeerSentOversizedRecord
-            ),
-            Reason::NotTls(_)
-            | Reason::Fault(_)
-            | Reason::Malformed(_)
-            | Reason::TooLong { .. }
-            | Reason::Surplus(_) => true,
-            _ => false,
-        }
-    }
 }
 
 /// Where in a session's life.
@@ -140,4 +116,30 @@ pub enum Reason {
     Cancelled,
     #[error("the server changed its TLS keys during negotiation, which the kernel cannot follow")]
     KeysChanged,
+}
+
+impl Reason {
+    /// Whether the server broke the protocol at this step, or kept us waiting: neither a refusal nor a fault of the
+    /// network or of our own certificate explains it.
+    #[must_use]
+    pub fn is_violation(&self, step: Step) -> bool {
+        match self {
+            Self::TimedOut(_) => step != Step::Connect,
+            Self::Tls(error) => matches!(
+                error,
+                rustls::Error::InvalidMessage(_)
+                    | rustls::Error::PeerMisbehaved(_)
+                    | rustls::Error::InappropriateMessage { .. }
+                    | rustls::Error::InappropriateHandshakeMessage { .. }
+                    | rustls::Error::DecryptError
+                    | rustls::Error::PeerSentOversizedRecord
+            ),
+            Self::NotTls(_)
+            | Self::Fault(_)
+            | Self::Malformed(_)
+            | Self::TooLong { .. }
+            | Self::Surplus(_) => true,
+            _ => false,
+        }
+    }
 }

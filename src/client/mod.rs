@@ -24,7 +24,6 @@ use rustls_pki_types::ServerName;
 
 pub use self::error::{ClientError, Reason, Refusal, Step};
 pub use self::kernel::{KernelSession, ProxySession, kernel_session, proxy_session};
-pub use self::plaintext::{OptionReply, PlaintextSession};
 pub use self::probe::ProbeSession;
 pub use self::transmission::{OwnedChunk, Reply, Transmitting};
 use crate::nbd::ExportName;

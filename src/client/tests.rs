@@ -294,7 +294,7 @@ fn c25_plaintext_behind_the_ack_is_not_taken_for_negotiation() {
     });
     let error = kernel_reason(&target);
     assert!(matches!(*error.reason, Reason::NotTls(_)), "{error}");
-    assert!(error.is_violation());
+    assert!(error.reason.is_violation(error.step));
     played.join().unwrap();
 }
 
@@ -309,7 +309,7 @@ fn a_refusal_says_what_was_refused_and_why() {
         panic!("{error}")
     };
     assert_eq!(refusal.code, ReplyCode::ERR_UNKNOWN);
-    assert!(!error.is_transient() && !error.is_violation());
+    assert!(!error.is_transient() && !error.reason.is_violation(error.step));
     let text = error.to_string();
     for part in ["vol/gone", "GO", "no such export"] {
         assert!(text.contains(part), "{text}");
@@ -365,7 +365,7 @@ fn a_server_that_drips_or_is_silent_ends_at_the_deadline() {
             started.elapsed() >= Duration::from_millis(150),
             "not before its time"
         );
-        assert!(error.is_transient() && error.is_violation());
+        assert!(error.is_transient() && error.reason.is_violation(error.step));
         played.join().unwrap();
     }
 }
@@ -381,7 +381,7 @@ fn nobody_listening_is_a_failure_to_connect() {
     target.address = address;
     let error = kernel_reason(&target);
     assert_eq!(error.step, Step::Connect);
-    assert!(error.is_transient() && !error.is_violation());
+    assert!(error.is_transient() && !error.reason.is_violation(error.step));
 }
 
 #[test]
@@ -436,7 +436,7 @@ fn a_probe_negotiates_contexts_and_reads_chunks() {
     assert_eq!(session.read(SIZE, 1).unwrap().errno(), Errno::EINVAL);
     let error = session.read(0, 1).unwrap_err();
     assert!(
-        error.is_violation(),
+        error.reason.is_violation(error.step),
         "C46: the cookie was another's: {error}"
     );
     session.disconnect();

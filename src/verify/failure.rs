@@ -26,27 +26,9 @@ impl Failure {
         move |reason| Self::new(step, reason)
     }
 
-    /// Whether the server broke the protocol, or kept us waiting: neither a refusal nor a fault of the network or
-    /// of our own certificate explains it.
+    /// Whether the server is to blame.
     pub(super) fn is_violation(&self) -> bool {
-        match *self.reason {
-            Reason::TimedOut(_) => self.step != Step::Connect,
-            Reason::Tls(ref error) => matches!(
-                error,
-                rustls::Error::InvalidMessage(_)
-                    | rustls::Error::PeerMisbehaved(_)
-                    | rustls::Error::InappropriateMessage { .. }
-                    | rustls::Error::InappropriateHandshakeMessage { .. }
-                    | rustls::Error::DecryptError
-                    | rustls::Error::PeerSentOversizedRecord
-            ),
-            Reason::NotTls(_)
-            | Reason::Fault(_)
-            | Reason::Malformed(_)
-            | Reason::TooLong { .. }
-            | Reason::Surplus(_) => true,
-            _ => false,
-        }
+        self.reason.is_violation(self.step)
     }
 
     /// Whether the connection is simply over.

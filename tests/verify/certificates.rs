@@ -64,7 +64,10 @@ pub(crate) fn volume(clients: Clients, versions: Versions, name: &str) -> Volume
         }
         let directory = tempfile::tempdir().unwrap();
         tls::write_secret(directory.path(), &authority.issue(&leaf).unwrap()).unwrap();
-        Secret::load_expired(directory.path(), Side::Client).unwrap()
+        if ended {
+            return Secret::load_expired(directory.path(), Side::Client).unwrap();
+        }
+        Secret::load(directory.path(), Side::Client).unwrap()
     };
     let secret = issue("volume.client.test", false);
     let target = Target {

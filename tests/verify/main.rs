@@ -203,11 +203,7 @@ fn hostile_servers_end_with_a_finding_in_bounded_time_and_memory() {
             started.elapsed() < Duration::from_secs(20),
             "{hostility:?}: {report}"
         );
-        let silent = report.findings().next().is_none();
-        assert!(
-            !silent || report.not_run().count() > 60,
-            "{hostility:?}: {report}"
-        );
+        assert_ne!(report.findings().count(), 0, "{hostility:?}: {report}");
         for examined in &report.results {
             let text = examined.text();
             assert!(text.len() < 500, "{hostility:?}: {text}");

@@ -1,11 +1,16 @@
 //! The whole battery: every fault, planted one at a time, is found by the checks that must, and by no other.
 
 use std::collections::BTreeSet;
+use std::io::Write;
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::UnixListener;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use hawser::verify::{CHECKS, Cancel, Mode, Needs, Outcome, Report, Selection, Server, run};
+use hawser::verify::{
+    Address, CHECKS, Cancel, Mode, Needs, Outcome, Report, Selection, Server, run,
+};
 
 use super::faulty::{Fault, server};
 use super::findings;
@@ -426,4 +431,70 @@ fn a_cancelled_run_ends_at_once() {
     assert!(report.duration < Duration::from_secs(2), "{report}");
     assert_eq!(report.results.len(), CHECKS.len());
     assert!(findings(&report).is_empty(), "{report}");
+}
+
+/// A server that says the same to everybody, and nothing else.
+fn says(words: &'static [u8]) -> Server {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut server = server(Fault::Nothing);
+    server.address = Address::Tcp(listener.local_addr().unwrap());
+    server.timeout = Duration::from_secs(2);
+    std::thread::spawn(move || {
+        for socket in listener.incoming() {
+            // Whether anybody listens to the end does not matter.
+            let _ = socket.unwrap().write_all(words);
+        }
+    });
+    server
+}
+
+#[test]
+fn what_is_no_server_of_the_kind_is_named() {
+    for (words, mode) in [
+        (&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], Mode::NotNbd),
+        (b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53", Mode::Oldstyle),
+        (b"NBDMAGICIHAVEOPT\0\0", Mode::NotFixed),
+        (b"", Mode::Unknown),
+    ] {
+        let report = examine(&says(words), &everything());
+        assert_eq!(report.summary.as_ref().unwrap().mode, mode, "{report}");
+        let found = findings(&report);
+        let expected: &[&str] = match mode {
+            Mode::Unknown => &[],
+            _ => &["greeting-newstyle"],
+        };
+        assert_eq!(found, expected.iter().copied().collect(), "{report}");
+        assert!(report.not_run().count() > 80, "{report}");
+    }
+}
+
+#[test]
+fn a_unix_socket_is_as_good() {
+    let mut server = server(Fault::NoTls);
+    let Address::Tcp(address) = server.address else {
+        panic!("{:?}", server.address)
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    std::thread::spawn(move || {
+        for inner in listener.incoming() {
+            let (inner, outer) = (inner.unwrap(), TcpStream::connect(address).unwrap());
+            let (mut from, mut to) = (inner.try_clone().unwrap(), outer.try_clone().unwrap());
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = to.shutdown(Shutdown::Write);
+            });
+            let (mut from, mut to) = (outer, inner);
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = to.shutdown(Shutdown::Both);
+            });
+        }
+    });
+    server.address = Address::Unix(path);
+    let report = examine(&server, &everything_but_resources());
+    assert_eq!(findings(&report), ["export-needs-tls"].into(), "{report}");
+    assert_eq!(report.not_run().count(), 0, "{report}");
+    assert_eq!(report.summary.unwrap().mode, Mode::NoTls);
 }

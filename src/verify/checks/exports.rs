@@ -193,8 +193,17 @@ fn export_name(subject: &Subject<'_>) -> Result<String, Stop> {
             .map_err(broke)?;
         let mut answer = [0; 10];
         let failed = Failure::at::<Reason>(Step::Option(option));
-        let read = session.link().read_exact(&mut answer);
-        read.map_err(|reason| broke(failed(reason)))?;
+        if let Err(reason) = session.link().read_exact(&mut answer) {
+            let failure = failed(reason);
+            // "MAY refuse to go into transmission phase with a client that uses NBD_OPT_EXPORT_NAME".
+            let strict = info.block_sizes.is_some_and(|sizes| sizes.minimum > 1);
+            if strict && failure.is_end() {
+                return Err(Stop::Inapplicable(
+                    "the connection ended, as it may where block sizes must be agreed upon".into(),
+                ));
+            }
+            return Err(broke(failure));
+        }
         let size = u64::from_be_bytes(std::array::from_fn(|index| answer[index]));
         require(size == info.size, || {
             format!("EXPORT_NAME says {size} bytes, INFO {}", info.size)

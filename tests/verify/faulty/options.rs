@@ -65,7 +65,7 @@ impl Options<Tls> {
             || names.iter().any(|name| name == "volume.client.test");
         Ok(Self {
             visible,
-            ..Options::new(stream, shared)
+            ..Self::new(stream, shared)
         })
     }
 }
