@@ -14,9 +14,10 @@ use serde_json::json;
 use super::directory::{Directory, Place};
 use super::keyring::Keyring;
 use super::notes::{Note, Notes};
+use crate::admission::check_format;
 use crate::kube::api::{self, NODE, NbdVolume};
 use crate::kube::{apply, convert};
-use crate::admission::check_format;
+
 use crate::volumes::{AttachNote, Format, NodeVolumes, Volume, VolumeId, VolumesError};
 
 /// How long the API server may take to answer. The kubelet waits two minutes for a call.
