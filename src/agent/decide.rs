@@ -50,11 +50,7 @@ pub(super) struct Asked<'a> {
 
 impl<'a> Asked<'a> {
     pub(super) fn of(object: &'a NbdVolume) -> Self {
-        let confirmed = confirmed(object);
-        let is_revoked = |one: &VolumeAttachment| {
-            let state = confirmed.iter().find(|status| status.id == one.id);
-            state.and_then(|status| status.state) == Some(AttachmentState::Revoked)
-        };
+        let attachments = &object.spec.attachments;
         let finalizers = object.metadata.finalizers.as_deref().unwrap_or_default();
         Self {
             name: &object.spec.name,
@@ -65,7 +61,7 @@ impl<'a> Asked<'a> {
                 .status
                 .as_ref()
                 .is_some_and(|status| status.size_bytes.is_some()),
-            is_attached: !object.spec.attachments.iter().all(is_revoked),
+            is_attached: !attachments.iter().all(|one| is_revoked(object, one)),
         }
     }
 }
@@ -122,19 +118,21 @@ fn another(name: &str) -> Backing {
 pub(super) struct Access {
     /// Each with whether it only reads.
     pub(super) allowed: Vec<(AttachmentId, bool)>,
-    /// To be refused, and confirmed as such.
+    /// To be refused, and not confirmed as such yet.
     pub(super) revoked: Vec<AttachmentId>,
 }
 
 /// What the object asks for. An entry whose id is none is neither allowed nor confirmed.
-pub(super) fn access(attachments: &[VolumeAttachment]) -> Access {
+pub(super) fn access(object: &NbdVolume) -> Access {
     let mut access = Access::default();
-    for one in attachments {
+    for one in &object.spec.attachments {
         let Ok(id) = one.id.parse() else {
             continue;
         };
         if one.revoked {
-            access.revoked.push(id);
+            if !is_revoked(object, one) {
+                access.revoked.push(id);
+            }
         } else {
             access.allowed.push((id, one.read_only));
         }
@@ -143,9 +141,9 @@ pub(super) fn access(attachments: &[VolumeAttachment]) -> Access {
 }
 
 impl Access {
-    /// What a server that allows `known` has to be told to refuse: everything that is not allowed, and what is revoked
-    /// also where the server does not know it any more. It may have heard of it before, and not have closed the
-    /// sessions yet.
+    /// What a server that allows `known` has to be told to refuse: everything that is not allowed, and what is to be
+    /// confirmed as revoked also where the server does not know it any more. It may have heard of it before, and not
+    /// have closed the sessions yet.
     pub(super) fn to_revoke(&self, known: &[AttachmentId]) -> Vec<AttachmentId> {
         let is_allowed = |id: &AttachmentId| self.allowed.iter().any(|(one, _)| one == id);
         let stale = known.iter().filter(|id| !is_allowed(id));
@@ -160,6 +158,12 @@ impl Access {
 pub(super) fn confirmed(object: &NbdVolume) -> &[AttachmentStatus] {
     let status = object.status.as_ref();
     status.map_or(&[], |status| &status.attachments)
+}
+
+/// Whether that was confirmed.
+fn is_revoked(object: &NbdVolume, one: &VolumeAttachment) -> bool {
+    let status = confirmed(object).iter().find(|status| status.id == one.id);
+    status.and_then(|status| status.state) == Some(AttachmentState::Revoked)
 }
 
 /// The states to confirm for what the object asks: `settled` says whether the server, or the file of the next one, is
@@ -311,17 +315,20 @@ mod tests {
 
     #[test]
     fn a_server_allows_what_is_asked_and_nothing_else() {
-        let asked = access(&[
+        let attachments = vec![
             attachment(1, false),
             attachment(2, false),
             attachment(3, true),
-        ]);
+            attachment(5, true),
+        ];
+        let asked = access(&object(attachments, &[(5, AttachmentState::Revoked)]));
         assert_eq!(asked.allowed, [(id(1), false), (id(2), true)]);
         assert_eq!(asked.to_revoke(&[]), [id(3)]);
-        assert_eq!(asked.to_revoke(&[id(1), id(3), id(4)]), [id(3), id(4)]);
+        let known = [id(1), id(3), id(4), id(5)];
+        assert_eq!(asked.to_revoke(&known), [id(3), id(4), id(5)]);
         let mut odd = attachment(1, false);
         odd.id = "att-of-somebody".to_owned();
-        assert_eq!(access(&[odd]), Access::default());
+        assert_eq!(access(&object(vec![odd], &[])), Access::default());
     }
 
     #[test]

@@ -51,6 +51,8 @@ struct Agent {
     ask: mpsc::UnboundedSender<VolumeId>,
     /// Told when the pools have to be surveyed again.
     changed: Notify,
+    /// The orphans of each pool that the log has.
+    told_orphans: Mutex<BTreeMap<String, Vec<String>>>,
 }
 
 /// What the API server has, as far as it concerns this node.
@@ -75,6 +77,25 @@ impl Heard {
     }
 }
 
+/// Whether two states of an object ask for different things.
+fn asks_otherwise(before: &NbdVolume, now: &NbdVolume) -> bool {
+    let asked = |object: &NbdVolume| {
+        let metadata = object.metadata.clone();
+        let format = object
+            .status
+            .as_ref()
+            .and_then(|status| status.format.clone());
+        (
+            metadata.uid,
+            metadata.deletion_timestamp,
+            metadata.finalizers,
+            object.spec.clone(),
+            format,
+        )
+    };
+    asked(before) != asked(now)
+}
+
 impl Agent {
     fn new(
         client: &Client,
@@ -93,6 +114,7 @@ impl Agent {
             heard: watch::Sender::default(),
             ask,
             changed: Notify::new(),
+            told_orphans: Mutex::default(),
         }
     }
 
@@ -127,8 +149,11 @@ impl Agent {
                 if is_ours(&object)
                     && let Some((id, object)) = named(object)
                 {
-                    world.volumes.insert(id.clone(), object);
-                    changed.push(id);
+                    let before = world.volumes.insert(id.clone(), Arc::clone(&object));
+                    // Others' words in the status, and our own, are no news.
+                    if before.is_none_or(|before| asks_otherwise(&before, &object)) {
+                        changed.push(id);
+                    }
                 }
             }
             Seen::Gone(object) => {

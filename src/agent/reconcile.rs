@@ -176,7 +176,7 @@ impl Agent {
             .as_ref()
             .and_then(|status| status.format.as_ref());
         let (format, size_bytes) = site.settle(told.map(Format::from)).await?;
-        let access: Access = access(&object.spec.attachments);
+        let access: Access = access(object);
         let served = site.enforce(&access, size_bytes).await;
         let (epoch, settled) = match &served {
             Ok(served) => (served.epoch, true),

@@ -1,7 +1,7 @@
 //! What this node's share of each pool is, in the status of the NbdPool.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use kube::ResourceExt;
@@ -144,6 +144,20 @@ impl Agent {
             .filter(|id| !world.volumes.contains_key(id))
             .map(String::from)
             .collect()
+    }
+}
+
+impl Agent {
+    /// Once in the log, until there are others.
+    fn tell_orphans(&self, pool: &str, orphans: &[String]) {
+        let mut told = self
+            .told_orphans
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if told.get(pool).map(Vec::as_slice) != Some(orphans) {
+            tracing::warn!(pool, ?orphans, "volumes that no NbdVolume names are kept");
+            told.insert(pool.to_owned(), orphans.to_vec());
+        }
     }
 }
 

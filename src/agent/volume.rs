@@ -69,6 +69,7 @@ impl Site {
     /// What the disk has. A volume whose files are not as its record says counts as damaged.
     pub(super) async fn disk(&self) -> Result<Disk, VolumeError> {
         self.blocking(|site| {
+            site.pool.refresh(&site.id);
             let record = match site.pool.find(&site.id) {
                 Err(StorageError::NotFound(_)) => return Ok(Disk::Absent),
                 Err(StorageError::Damaged { problem, .. }) => return Ok(Disk::Damaged(problem)),
@@ -154,7 +155,8 @@ impl Site {
                 for id in access.to_revoke(&found.allowed) {
                     control.revoke(&id).await?;
                 }
-                for (id, read_only) in &access.allowed {
+                let unknown = access.allowed.iter();
+                for (id, read_only) in unknown.filter(|(id, _)| !found.allowed.contains(id)) {
                     control.allow(id, *read_only).await?;
                 }
                 if found.size_bytes < size_bytes {

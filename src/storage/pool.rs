@@ -160,10 +160,34 @@ impl Pool {
         self.index().contains_key(id)
     }
 
-    /// The ids of all that is there, readable or not.
+    /// The ids of all whose directories are there, readable or not.
     #[must_use]
     pub fn ids(&self) -> Vec<VolumeId> {
-        self.index().keys().cloned().collect()
+        let known: Vec<_> = self.index().keys().cloned().collect();
+        let is_there = |id: &VolumeId| self.directory(id).exists();
+        known.into_iter().filter(is_there).collect()
+    }
+
+    /// Looks at a volume's directory anew: somebody may have put it into the pool, mended it or deleted it since the pool
+    /// was opened. A volume that can be read stays as it is.
+    pub fn refresh(&self, id: &VolumeId) {
+        let directory = self.directory(id);
+        let mut index = self.index();
+        let is_there = directory.is_dir();
+        match index.get(id).map(|slot| &slot.state) {
+            None if is_there => {
+                tracing::info!(volume = %id, "found in the pool, and taken in");
+                index.insert(id.clone(), read_volume(&directory, id));
+            }
+            Some(State::Whole(_) | State::Damaged(_)) if !is_there => {
+                tracing::error!(volume = %id, "somebody deleted its directory: its data is lost");
+                index.remove(id);
+            }
+            Some(State::Damaged(_)) => {
+                index.insert(id.clone(), read_volume(&directory, id));
+            }
+            None | Some(State::Whole(_) | State::Creating) => {}
+        }
     }
 
     /// Promises as much from now on; what was promised stays.

@@ -313,3 +313,35 @@ fn sizes_beyond_the_file_system_are_refused_and_leave_nothing() {
     );
     assert!(!pool.holds(&id(1)));
 }
+
+#[test]
+fn what_hands_put_mend_and_delete_is_noticed() {
+    let (home, other) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let pool = open(home.path());
+    let away = open(other.path());
+    away.create(volume(1, MIB)).unwrap();
+    pool.refresh(&id(1));
+    assert!(pool.ids().is_empty());
+    let directory = pool.directory(&id(1));
+    fs::rename(away.directory(&id(1)), &directory).unwrap();
+    pool.refresh(&id(1));
+    assert_eq!(pool.find(&id(1)).unwrap().volume, volume(1, MIB));
+    assert_eq!(pool.ids(), [id(1)]);
+
+    let (record, aside) = (directory.join("volume.json"), directory.join("aside"));
+    fs::rename(&record, &aside).unwrap();
+    pool.refresh(&id(1));
+    assert!(pool.find(&id(1)).is_ok());
+    fs::rename(&directory, away.directory(&id(1))).unwrap();
+    pool.refresh(&id(1));
+    assert!(!pool.holds(&id(1)));
+    fs::rename(away.directory(&id(1)), &directory).unwrap();
+    pool.refresh(&id(1));
+    assert!(matches!(
+        pool.find(&id(1)),
+        Err(StorageError::Damaged { .. })
+    ));
+    fs::rename(&aside, &record).unwrap();
+    pool.refresh(&id(1));
+    pool.check(&id(1)).unwrap();
+}
