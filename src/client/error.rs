@@ -5,7 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use crate::nbd::client::Fault;
+use crate::nbd::client::{Fault, sentence};
 use crate::nbd::codec::Malformed;
 use crate::nbd::{Command, ExportName, OptionCode, ReplyCode};
 
@@ -74,11 +74,8 @@ pub struct Refusal {
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the server refused with {}", self.code)?;
-        if !self.message.is_empty() {
-            write!(f, " ({})", self.message.escape_debug())?;
-        }
-        Ok(())
+        let words = sentence(&self.message);
+        write!(f, "the server refused with {}{words}", self.code)
     }
 }
 

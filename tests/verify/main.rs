@@ -6,6 +6,7 @@
     reason = "a helper of a test that fails fails the test"
 )]
 
+mod attach;
 mod certificates;
 mod command;
 mod faulty;

@@ -57,10 +57,18 @@ pub enum Fault {
     Misfed { wanted: usize, given: usize },
 }
 
-/// A server's words for people, if it had any, made harmless to print.
-fn sentence(message: &str) -> String {
+/// Bytes of a server's words that are repeated: a sentence, where up to 4096 bytes may come.
+const SENTENCE: usize = 256;
+
+/// A server's words for people, if it had any, made short and harmless to print.
+pub(crate) fn sentence(message: &str) -> String {
     if message.is_empty() {
         return String::new();
     }
-    format!(" ({})", message.escape_debug())
+    let mut words = message.escape_debug().to_string();
+    if words.len() > SENTENCE {
+        words.truncate(words.floor_char_boundary(SENTENCE));
+        words.push('…');
+    }
+    format!(" ({words})")
 }
