@@ -160,6 +160,7 @@ impl Inner {
             epoch: export.epoch,
             maximum_payload: export.maximum_payload,
             block_size_bytes: export.block_size_bytes,
+            served_bytes: export.size_bytes,
             // At most MOST_CONNECTIONS.
             connections: u8::try_from(sessions.len()).unwrap_or(MOST_CONNECTIONS),
             timeout_seconds: seconds(request.options.timeout),

@@ -121,15 +121,15 @@ impl Inner {
     ) -> Result<u64, AttachError> {
         let _lock = self.lock(volume).await;
         let (inner, name) = (self.clone(), volume.clone());
-        let (index, peer, size) = blocking(move || {
+        let (index, record, size) = blocking(move || {
             let (index, backend) = inner
                 .device_of(&name)?
                 .ok_or(AttachError::NotAttached(name))?;
             let device = inner.describe(index, &backend)?;
-            let peer = inner.record_for(index, &backend)?.peer();
-            Ok((index, peer, device.size_bytes))
+            Ok((index, inner.record_for(index, &backend)?, device.size_bytes))
         })
         .await?;
+        let peer = record.peer();
         // What a foreign server offers, nobody knows but that server.
         if size >= wanted && peer.foreign.is_none() {
             return Ok(size);
@@ -137,18 +137,34 @@ impl Inner {
         let (address, secret) = self.whereabouts(&peer).await?;
         let target = peer.target(address, &secret, Profile::Probe)?;
         let served = offered(&peer, target).await?.size_bytes;
-        if served == size && size >= wanted {
+        let unsuitable = |problem| {
+            Err(AttachError::Unsuitable {
+                volume: volume.clone(),
+                problem,
+            })
+        };
+        if served < wanted.max(size) {
+            return unsuitable(format!(
+                "its server offers {served} bytes, but {} are wanted",
+                wanted.max(size)
+            ));
+        }
+        // Hawser's own server lets every connection reach the export's end as it is now.
+        let reached = match peer.foreign {
+            Some(_) => served.min(record.served_bytes),
+            None => served,
+        };
+        if reached < wanted {
+            return unsuitable(format!(
+                "its server offers {served} bytes now, but its connections were made when it offered {reached}, and a \
+                 server need not let them reach further; unstage the volume and stage it again"
+            ));
+        }
+        if reached <= size {
             return Ok(size);
         }
-        let wanted = wanted.max(size);
-        if served < wanted {
-            return Err(AttachError::Unsuitable {
-                volume: volume.clone(),
-                problem: format!("its server offers {served} bytes, but {wanted} are wanted"),
-            });
-        }
         let inner = self.clone();
-        blocking(move || inner.resize(index, &peer.backend, served)).await
+        blocking(move || inner.resize(index, &peer.backend, reached)).await
     }
 
     fn resize(&self, index: u32, backend: &Backend, size: u64) -> Result<u64, AttachError> {

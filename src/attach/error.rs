@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::kernel::KernelError;
-use crate::client::ClientError;
+use crate::client::{ClientError, Reason, Step};
 use crate::sys::ktls::KernelTlsError;
 use crate::tls::CertificateError;
 use crate::verify::Refused;
@@ -61,6 +61,15 @@ pub enum AttachError {
     },
     #[error("volume {volume}: no session with its server")]
     Session {
+        volume: VolumeId,
+        #[source]
+        source: ClientError,
+    },
+    #[error(
+        "volume {volume}: no TLS with its server; it must offer TLS 1.3, and with it the cipher \
+         TLS_CHACHA20_POLY1305_SHA256, which is the one that the kernel can keep up"
+    )]
+    Handshake {
         volume: VolumeId,
         #[source]
         source: ClientError,
@@ -141,7 +150,11 @@ impl AttachError {
                 VolumesError::NotFound(_) => ErrorKind::NotFound,
                 _ => ErrorKind::Unavailable,
             },
-            Self::Session { source, .. } if source.is_transient() => ErrorKind::Unavailable,
+            Self::Session { source, .. } | Self::Handshake { source, .. }
+                if source.is_transient() =>
+            {
+                ErrorKind::Unavailable
+            }
             Self::NoAddress { .. }
             | Self::InUse { .. }
             | Self::Disconnected { .. }
@@ -152,6 +165,7 @@ impl AttachError {
             | Self::NoSecret { .. }
             | Self::Certificate { .. }
             | Self::Session { .. }
+            | Self::Handshake { .. }
             | Self::Verification { .. }
             | Self::Unsuitable { .. }
             | Self::EpochChanged { .. }
@@ -161,6 +175,29 @@ impl AttachError {
             Self::NotAttached(_) => ErrorKind::NotFound,
             Self::Kernel(_) | Self::System { .. } => ErrorKind::Internal,
         }
+    }
+
+    /// Why there is no session. A server that has no version or cipher in common with us often just leaves.
+    pub(super) fn session(volume: &VolumeId, source: ClientError) -> Self {
+        use rustls::AlertDescription::{HandshakeFailure, InsufficientSecurity, ProtocolVersion};
+        use rustls::Error::{AlertReceived, PeerIncompatible};
+
+        let volume = volume.clone();
+        let nothing_in_common = match &*source.reason {
+            Reason::Closed => true,
+            Reason::Tls(PeerIncompatible(_)) => true,
+            Reason::Tls(AlertReceived(alert)) => {
+                matches!(
+                    alert,
+                    HandshakeFailure | InsufficientSecurity | ProtocolVersion
+                )
+            }
+            _ => false,
+        };
+        if source.step == Step::Handshake && nothing_in_common {
+            return Self::Handshake { volume, source };
+        }
+        Self::Session { volume, source }
     }
 
     /// Names what could not be done with the system.

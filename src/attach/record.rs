@@ -44,6 +44,10 @@ pub(super) struct Record {
     pub(super) maximum_payload: Option<u32>,
     #[serde(default = "usual_block_size")]
     pub(super) block_size_bytes: u64,
+    /// The least that the server offered on any of the connections: a foreign server may keep each at the size that the
+    /// export had when it began.
+    #[serde(default)]
+    pub(super) served_bytes: u64,
     /// Sockets the device has; less than asked for where the server does not offer CAN_MULTI_CONN.
     pub(super) connections: u8,
     pub(super) timeout_seconds: u64,
@@ -199,6 +203,7 @@ pub(super) mod tests {
             epoch: Some(7),
             maximum_payload: Some(32 << 20),
             block_size_bytes: 512,
+            served_bytes: 1 << 30,
             connections: 2,
             timeout_seconds: 5,
             dead_timeout_seconds: 60,

@@ -13,7 +13,7 @@ use super::kernel::DeviceSocket;
 use super::proxy::Proxies;
 use super::record::Record;
 use super::{Transport, blocking};
-use crate::client::{self, KernelSession, ProbeSession, ProxySession, Target};
+use crate::client::{self, KernelSession, ProbeSession, ProxySession, Reason, Target};
 use crate::nbd::client::Transmission;
 use crate::nbd::{ExportInfo, ExportName, TransmissionFlags};
 use crate::sys::ktls::Encrypted;
@@ -57,6 +57,13 @@ impl Export {
         if block_size_bytes > LARGEST_BLOCK {
             return Err(unsuitable(format!(
                 "its server takes blocks of {minimum} bytes at least, the kernel {LARGEST_BLOCK} at most"
+            )));
+        }
+        // The kernel counts in signed numbers.
+        if i64::try_from(info.size).is_err() {
+            let size = info.size;
+            return Err(unsuitable(format!(
+                "its server offers {size} bytes, more than a device can have"
             )));
         }
         let size_bytes = info.size - info.size % block_size_bytes;
@@ -284,22 +291,24 @@ fn notice_silence(socket: &TcpStream, timeout: Duration) -> Result<(), AttachErr
         })
 }
 
-/// What the server says of the export now, on a session that ends with it.
+/// What the server says of the export now, on a session that ends with it. It is GO that counts: nbd-server 3.24 answers
+/// INFO with a size of 0.
 pub(super) async fn offered(peer: &Peer, target: Target) -> Result<Export, AttachError> {
     let peer = peer.clone();
     blocking(move || {
-        let failed = |source| AttachError::Session {
-            volume: peer.volume().clone(),
-            source,
-        };
-        let mut session = ProbeSession::connect(&target).map_err(failed)?;
-        let info = session.info(&target.export).map_err(failed)?;
-        session.abort();
-        match info {
-            Ok(info) => peer.export(&info),
-            Err(refusal) => {
-                Err(peer.unsuitable(format!("its server does not offer it: {refusal}")))
+        let session = ProbeSession::connect(&target).and_then(|session| session.go(&target.export));
+        match session {
+            Ok(session) => {
+                let export = peer.export(&session.transmission().info);
+                session.disconnect();
+                export
             }
+            Err(error) => match &*error.reason {
+                Reason::Refused(refusal) if !error.is_transient() => {
+                    Err(peer.unsuitable(format!("its server does not offer it: {refusal}")))
+                }
+                _ => Err(AttachError::session(peer.volume(), error)),
+            },
         }
     })
     .await
@@ -317,7 +326,7 @@ pub(super) async fn open_all(
             let (target, volume) = (target.clone(), volume.clone());
             tokio::spawn(blocking(move || {
                 Session::open(&target, transport)
-                    .map_err(|source| AttachError::Session { volume, source })
+                    .map_err(|source| AttachError::session(&volume, source))
             }))
         })
         .collect();

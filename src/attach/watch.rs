@@ -15,7 +15,7 @@ use super::connect::inode;
 use super::error::{AttachError, chain};
 use super::kernel::{Announcements, DeviceSocket};
 use super::record::Record;
-use super::session::{Peer, Session, open_all};
+use super::session::{Export, Peer, Session, open_all};
 use super::{Inner, blocking, modules, system};
 use crate::tls::{Secret, Side};
 use crate::volumes::VolumeId;
@@ -245,7 +245,7 @@ impl Inner {
         index: u32,
         backend: &Backend,
         address: SocketAddr,
-        sessions: Vec<Session>,
+        sessions: Vec<(Session, Export)>,
     ) -> Result<Look, AttachError> {
         let Some(mut record) = self.current(index, backend)? else {
             return Ok(Look::Over);
@@ -254,10 +254,14 @@ impl Inner {
         let mut driver = modules::driver()?;
         record.sockets = self.live_sockets(&record)?;
         record.server = address;
+        if record.sockets.is_empty() {
+            record.served_bytes = u64::MAX;
+        }
         let offered = sessions.len();
         let mut taken = 0;
-        for session in sessions {
+        for (session, export) in sessions {
             let socket = session.into_socket(&backend.volume, timeout, &self.proxies)?;
+            record.served_bytes = record.served_bytes.min(export.size_bytes);
             record.sockets.push(inode(&socket)?);
             self.save(&record)?;
             let name = backend.to_string();
@@ -327,10 +331,10 @@ fn acceptable(
     session: Session,
     record: &Record,
     device_size_bytes: u64,
-) -> Result<Session, AttachError> {
+) -> Result<(Session, Export), AttachError> {
     let offered = record.peer().export(&session.transmission().info)?;
     offered.check_against(record, device_size_bytes)?;
-    Ok(session)
+    Ok((session, offered))
 }
 
 async fn look_after(

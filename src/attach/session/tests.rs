@@ -57,6 +57,11 @@ fn exports_of_which_no_device_can_be_made_are_refused() {
         ..info()
     };
     assert!(problem(Export::new(&volume(), &empty)).contains("no data"));
+    let endless = ExportInfo {
+        size: u64::MAX,
+        ..info()
+    };
+    assert!(problem(Export::new(&volume(), &endless)).contains("18446744073709551615 bytes"));
     let mut other = record(2, 1).peer();
     assert!(problem(other.export(&info())).contains("serves vol-01"));
     // Of a foreign volume the name is nobody's business, and the epoch counts all the same.
