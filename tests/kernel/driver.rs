@@ -118,7 +118,8 @@ impl Driver {
             };
             let left: Vec<_> = entries
                 .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
-                .filter(|name| !name.starts_with('.') && name != "lock")
+                // What is known of formats outlives its volume.
+                .filter(|name| !name.starts_with('.') && name != "lock" && name != "foreign")
                 .collect();
             ensure!(left.is_empty(), "left in {folder}: {left:?}");
         }
@@ -187,8 +188,30 @@ pub(crate) fn mounted(mode: Mode, mount: MountVolume) -> VolumeCapability {
 pub(crate) struct Claim {
     pub(crate) id: String,
     pub(crate) capability: VolumeCapability,
-    context: HashMap<String, String>,
+    pub(crate) context: HashMap<String, String>,
     published: HashMap<String, String>,
+    /// What the PersistentVolume's Secret holds; Hawser's own volumes need none here.
+    pub(crate) secrets: HashMap<String, String>,
+    pub(crate) readonly: bool,
+}
+
+impl Claim {
+    /// A volume that nobody creates.
+    pub(crate) fn elsewhere(
+        handle: &str,
+        capability: VolumeCapability,
+        context: HashMap<String, String>,
+        secrets: HashMap<String, String>,
+    ) -> Self {
+        Self {
+            id: handle.into(),
+            capability,
+            context,
+            published: HashMap::new(),
+            secrets,
+            readonly: false,
+        }
+    }
 }
 
 /// The calls of an orchestrator that keeps the order of the specification. Each returns what the driver says.
@@ -224,6 +247,8 @@ impl Calls<'_> {
             capability,
             context: volume.volume_context,
             published: HashMap::new(),
+            secrets: HashMap::new(),
+            readonly: false,
         })
     }
 
@@ -232,6 +257,7 @@ impl Calls<'_> {
             volume_id: claim.id.clone(),
             node_id: NODE.into(),
             volume_capability: Some(claim.capability.clone()),
+            readonly: claim.readonly,
             volume_context: claim.context.clone(),
             ..ControllerPublishVolumeRequest::default()
         };
@@ -248,7 +274,7 @@ impl Calls<'_> {
             staging_target_path: self.driver.text("staging"),
             volume_capability: Some(claim.capability.clone()),
             volume_context: claim.context.clone(),
-            ..NodeStageVolumeRequest::default()
+            secrets: claim.secrets.clone(),
         };
         self.node.node_stage_volume(request).await?;
         Ok(())
@@ -271,7 +297,7 @@ impl Calls<'_> {
             volume_capability: Some(claim.capability.clone()),
             readonly,
             volume_context: claim.context.clone(),
-            ..NodePublishVolumeRequest::default()
+            secrets: claim.secrets.clone(),
         };
         self.node.node_publish_volume(request).await?;
         Ok(path)
@@ -331,6 +357,20 @@ impl Calls<'_> {
             ..ControllerExpandVolumeRequest::default()
         };
         self.controller.controller_expand_volume(request).await?;
+        self.expand_here(claim, target, bytes).await
+    }
+
+    /// The node's half alone.
+    pub(crate) async fn expand_here(
+        &mut self,
+        claim: &Claim,
+        target: &str,
+        bytes: i64,
+    ) -> Result<(), Status> {
+        let capacity_range = (bytes > 0).then_some(CapacityRange {
+            required_bytes: bytes,
+            limit_bytes: 0,
+        });
         let request = NodeExpandVolumeRequest {
             volume_id: claim.id.clone(),
             volume_path: self.driver.path("mount").join(target).display().to_string(),

@@ -19,6 +19,7 @@ mod bad_input;
 mod csi;
 mod data;
 mod driver;
+mod elsewhere;
 mod foreign;
 mod host;
 mod hung;
@@ -28,6 +29,7 @@ mod kernels;
 mod load;
 mod machine;
 mod node;
+mod peer;
 mod reconnect;
 mod relay;
 mod rude;
@@ -79,6 +81,7 @@ fn scenarios() -> impl Iterator<Item = &'static Scenario> {
         csi::SCENARIOS,
         data::SCENARIOS,
         foreign::SCENARIOS,
+        elsewhere::SCENARIOS,
         sanity::SCENARIOS,
     ]
     .into_iter()
