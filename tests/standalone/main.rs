@@ -8,6 +8,7 @@
 mod bad_input;
 mod calls;
 mod fence;
+mod foreign;
 mod home;
 mod kill;
 mod servers;
