@@ -7,7 +7,7 @@ install = @tests/support/install
 # What `make test` runs, in this order: what fails soonest comes first.
 TIERS = check deny fuzz csi server verify peers standalone kernel
 
-.PHONY: test demo sanity figures $(TIERS)
+.PHONY: test demo sanity figures bench $(TIERS)
 
 test:
 	@tests/support/tiers $(TIERS)
@@ -44,6 +44,11 @@ sanity:
 figures:
 	$(install) build
 	cargo bench --locked --bench figures
+
+# The server beside nbdkit and qemu-nbd, in some minutes. ARGS=--full takes an hour; see docs/performance.md.
+bench:
+	$(install) bench
+	cargo bench --locked --bench servers -- $(ARGS)
 
 demo:
 	$(install) demo

@@ -1,0 +1,131 @@
+//! What no server can go below on this machine: moving the bytes through loopback, through the page cache and through the
+//! cipher, each alone, measured in the same run.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use aws_lc_rs::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+use rustix::time::{ClockId, clock_gettime};
+
+use super::clients::{Access, Case};
+use super::servers::Cipher;
+
+/// Bytes that each part moves.
+const BYTES: usize = 128 << 20;
+
+/// The longest record of TLS.
+const RECORD: usize = 16 << 10;
+
+/// The most that is sent or received with one call.
+const PIECE: usize = 256 << 10;
+
+/// Seconds of processor time for a GiB.
+#[derive(Clone, Copy)]
+pub(crate) struct Floor {
+    pub(crate) loopback: f64,
+    pub(crate) page_cache: f64,
+    pub(crate) cipher: f64,
+}
+
+impl Floor {
+    pub(crate) fn sum(&self) -> f64 {
+        self.loopback + self.page_cache + self.cipher
+    }
+}
+
+pub(crate) fn measure(file: &Path, cipher: Cipher, case: &Case) -> Result<Floor> {
+    let block = case.block as usize;
+    // Requests that are in flight together can be moved together.
+    let piece = (block * case.depth as usize).min(PIECE);
+    let per_gib = (1_u64 << 30) as f64 / BYTES as f64;
+    Ok(Floor {
+        loopback: loopback(case.access, piece)? * per_gib,
+        page_cache: page_cache(file, case.access, block)? * per_gib,
+        cipher: seal_or_open(cipher, case.access, block.min(RECORD))? * per_gib,
+    })
+}
+
+/// The processor time of this thread so far, in seconds.
+fn thread_time() -> f64 {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+fn loopback(access: Access, piece: usize) -> Result<f64> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let receiver = std::thread::spawn(move || -> std::io::Result<f64> {
+        let (mut socket, _) = listener.accept()?;
+        let mut buffer = vec![0; piece];
+        let began = thread_time();
+        while socket.read(&mut buffer)? > 0 {}
+        Ok(thread_time() - began)
+    });
+    let mut socket = TcpStream::connect(address)?;
+    socket.set_nodelay(true)?;
+    let buffer = vec![7; piece];
+    let began = thread_time();
+    for _ in 0..BYTES / piece {
+        socket.write_all(&buffer)?;
+    }
+    let sending = thread_time() - began;
+    drop(socket);
+    let Ok(receiving) = receiver.join() else {
+        bail!("the receiver failed");
+    };
+    Ok(match access {
+        Access::Read => sending,
+        Access::Write => receiving?,
+    })
+}
+
+fn page_cache(file: &Path, access: Access, block: usize) -> Result<f64> {
+    let file = File::options().read(true).write(true).open(file)?;
+    let blocks = file.metadata()?.len() / block as u64;
+    let mut buffer = vec![7; block];
+    let began = thread_time();
+    for turn in 0..(BYTES / block) as u64 {
+        // All over the file, as the clients go.
+        let offset = turn * 7919 % blocks * block as u64;
+        match access {
+            Access::Read => file.read_exact_at(&mut buffer, offset)?,
+            Access::Write => file.write_all_at(&buffer, offset)?,
+        }
+    }
+    Ok(thread_time() - began)
+}
+
+fn seal_or_open(cipher: Cipher, access: Access, record: usize) -> Result<f64> {
+    let algorithm = match cipher {
+        Cipher::Aes256Gcm => &AES_256_GCM,
+        Cipher::ChaCha20Poly1305 => &CHACHA20_POLY1305,
+    };
+    let key = LessSafeKey::new(UnboundKey::new(algorithm, &[3; 32])?);
+    let nonce = || Nonce::assume_unique_for_key([5; 12]);
+    let aad = || Aad::from([0x17, 3, 3, 0, 0]);
+    let plain = vec![7; record];
+    let mut sealed = plain.clone();
+    key.seal_in_place_append_tag(nonce(), aad(), &mut sealed)?;
+    let mut buffer = sealed.clone();
+    let mut spent = 0.0;
+    for _ in 0..BYTES / record {
+        match access {
+            Access::Read => {
+                let began = thread_time();
+                let _tag = key.seal_in_place_separate_tag(nonce(), aad(), &mut buffer[..record])?;
+                spent += thread_time() - began;
+            }
+            Access::Write => {
+                buffer.copy_from_slice(&sealed);
+                let began = thread_time();
+                key.open_in_place(nonce(), aad(), &mut buffer)?;
+                spent += thread_time() - began;
+            }
+        }
+    }
+    Ok(spent)
+}
