@@ -9,6 +9,9 @@ pub const SIMPLE_LENGTH: usize = 16;
 /// Bytes of a chunk's header.
 pub const CHUNK_LENGTH: usize = 20;
 
+/// Bytes before the data of an OFFSET_DATA chunk; one of OFFSET_HOLE has no more than four besides.
+pub const OFFSET_LENGTH: usize = CHUNK_LENGTH + 8;
+
 /// Descriptors that one BLOCK_STATUS chunk may carry ("BLOCK_STATUS": the client may drop the connection above it).
 pub const MAX_DESCRIPTORS: usize = 1 << 20;
 
@@ -62,8 +65,8 @@ pub fn none(cookie: Cookie) -> Vec<u8> {
 
 /// The header of a data chunk, up to and with the offset: `length` bytes of data follow. `length` is not 0.
 #[must_use]
-pub fn offset_data(cookie: Cookie, done: bool, offset: u64, length: u32) -> [u8; CHUNK_LENGTH + 8] {
-    let mut out = [0; CHUNK_LENGTH + 8];
+pub fn offset_data(cookie: Cookie, done: bool, offset: u64, length: u32) -> [u8; OFFSET_LENGTH] {
+    let mut out = [0; OFFSET_LENGTH];
     let header = chunk_header(
         cookie,
         ChunkType::OFFSET_DATA,

@@ -1,17 +1,35 @@
 //! A TLS connection on a socket that never blocks.
 //!
-//! rustls reads 4 KiB at a time from whatever it is given; a buffer between it and the socket takes a whole burst in
-//! one system call. Nothing is decrypted before what was decrypted last has been consumed, so that a session which
-//! stops reading holds no more than this buffer and one record.
+//! rustls keeps no buffers here: records are decrypted where they were received and encrypted into the buffer that is
+//! sent, so a byte is moved as seldom as rustls allows. Nothing is decrypted before what was decrypted last has been
+//! taken: a session that stops reading holds no more than one record of plaintext.
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 
-use rustls::ServerConnection;
+use rustls::server::UnbufferedServerConnection;
+use rustls::unbuffered::{
+    ConnectionState, EncodeError, EncryptError, InsufficientSizeError, UnbufferedStatus,
+};
 
-/// Bytes of ciphertext that wait to be sent: enough to fill a socket's buffer in one call.
-const OUTGOING: usize = 256 << 10;
+use super::buffer::Buffer;
+
+/// The longest plaintext of a record (RFC 8446, 5.1).
+const RECORD: usize = 16 << 10;
+
+/// What a record may be longer than its plaintext: at most 29 bytes in the suites that are offered.
+const RECORD_OVERHEAD: usize = 32;
+
+/// What rustls may put before the first record: an answer to a KeyUpdate, and one of its own.
+const AHEAD: usize = 256;
+
+/// Bytes of plaintext that are encrypted before they are sent. More would leave the processor's second cache between
+/// the cipher and the socket, fewer would be more system calls.
+const OUTGOING: usize = 8 * RECORD;
+
+/// Bytes of ciphertext that may wait to become a message: rustls lets no handshake message be longer.
+const LONGEST: usize = 64 << 10;
 
 /// Bytes that are thrown away at the end, before a peer that goes on sending is reset.
 const UNREAD: usize = 1 << 20;
@@ -19,21 +37,36 @@ const UNREAD: usize = 1 << 20;
 /// A connection inside TLS, or on its way there.
 pub(super) struct Channel {
     socket: TcpStream,
-    tls: ServerConnection,
-    /// Ciphertext from the socket that rustls has not been given yet: `incoming[start..end]`.
-    incoming: Vec<u8>,
-    start: usize,
-    end: usize,
+    tls: UnbufferedServerConnection,
+    incoming: Buffer,
+    /// How long `incoming` is to be.
+    wide: usize,
+    /// rustls has seen all of `incoming`, and found no more whole message in it.
+    searched: bool,
+    /// Plaintext that was not taken.
+    rest: Buffer,
+    outgoing: Buffer,
     /// The peer said that it will send nothing more.
     closed: bool,
 }
 
-/// What came of waiting for bytes.
+/// Where plaintext goes.
+pub(super) trait Sink {
+    type Error: From<ChannelError>;
+
+    /// Whether more of it is wanted now.
+    fn wants(&self) -> bool;
+
+    /// Takes a part of it, from its beginning; how much. All, as long as more is wanted.
+    fn take(&mut self, plaintext: &[u8]) -> Result<usize, Self::Error>;
+}
+
+/// What came of looking for plaintext.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Received {
-    /// There is plaintext.
-    Plaintext,
-    /// There may be later.
+    /// No more was wanted, and there may be more here.
+    Enough,
+    /// There may be more later.
     Nothing,
     /// There never will be.
     End,
@@ -46,98 +79,229 @@ pub(super) enum ChannelError {
     Tls(rustls::Error),
     #[error(transparent)]
     Io(#[from] io::Error),
+    #[error("the peer's TLS message does not end after {LONGEST} bytes")]
+    Endless,
+    #[error("the session's keys are used up")]
+    Exhausted,
 }
 
 impl Channel {
     /// `incoming` bytes are read from the socket at a time.
-    pub(super) fn new(socket: TcpStream, mut tls: ServerConnection, incoming: usize) -> Self {
-        tls.set_buffer_limit(Some(OUTGOING));
+    pub(super) fn new(socket: TcpStream, tls: UnbufferedServerConnection, incoming: usize) -> Self {
         Self {
             socket,
             tls,
-            incoming: vec![0; incoming],
-            start: 0,
-            end: 0,
+            incoming: Buffer::default(),
+            wide: incoming,
+            searched: true,
+            rest: Buffer::default(),
+            outgoing: Buffer::default(),
             closed: false,
         }
     }
 
     /// Reads more at a time from now on.
     pub(super) fn widen(&mut self, incoming: usize) {
-        if incoming > self.incoming.len() {
-            self.incoming.resize(incoming, 0);
+        self.wide = self.wide.max(incoming);
+    }
+
+    /// Gives back the memory that is not in use.
+    pub(super) fn shrink(&mut self) {
+        for buffer in [&mut self.incoming, &mut self.rest, &mut self.outgoing] {
+            buffer.shrink();
         }
     }
 
-    pub(super) fn tls(&self) -> &ServerConnection {
+    pub(super) fn tls(&self) -> &UnbufferedServerConnection {
         &self.tls
     }
 
-    /// Looks for plaintext, first in what is here already. Also drives the handshake.
-    pub(super) fn receive(&mut self) -> Result<Received, ChannelError> {
+    /// Looks for plaintext, first in what is here already, and hands it to `sink`. Also drives the handshake.
+    pub(super) fn receive<S: Sink>(&mut self, sink: &mut S) -> Result<Received, S::Error> {
+        let mut drained = false;
         loop {
-            if !self.plaintext().is_empty() {
-                return Ok(Received::Plaintext);
+            if !sink.wants() {
+                return Ok(Received::Enough);
+            }
+            if !self.rest.is_empty() {
+                let taken = sink.take(self.rest.filled())?;
+                self.rest.consume(taken);
+                continue;
+            }
+            if !self.searched {
+                self.search(sink)?;
+                continue;
             }
             // What follows is not for rustls, which would not take it.
             if self.closed {
                 return Ok(Received::End);
             }
-            if self.start < self.end {
-                let mut ciphertext = &self.incoming[self.start..self.end];
-                let available = ciphertext.len();
-                self.tls.read_tls(&mut ciphertext)?;
-                self.start += available - ciphertext.len();
-                let state = match self.tls.process_new_packets() {
-                    Ok(state) => state,
-                    Err(error) => {
-                        // The alert tells the peer why, if it still listens.
-                        let _ = self.send();
-                        return Err(ChannelError::Tls(error));
-                    }
-                };
-                self.closed = state.peer_has_closed();
+            if drained {
+                return Ok(Received::Nothing);
+            }
+            let space = self.incoming.space(self.wide);
+            if space.is_empty() {
+                let longer = 2 * self.wide;
+                if longer > LONGEST {
+                    return Err(ChannelError::Endless.into());
+                }
+                self.wide = longer;
                 continue;
             }
-            match self.socket.read(&mut self.incoming) {
+            match self.socket.read(space) {
                 Ok(0) => return Ok(Received::End),
-                Ok(read) => (self.start, self.end) = (0, read),
+                Ok(read) => {
+                    // There is nothing left in the socket; what comes meanwhile wakes the session.
+                    drained = read < space.len();
+                    self.incoming.fill(read);
+                    self.searched = false;
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return Ok(Received::Nothing);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(ChannelError::Io(error).into()),
             }
         }
     }
 
-    /// The plaintext that is here, or a first part of it.
-    pub(super) fn plaintext(&mut self) -> &[u8] {
-        self.tls.reader().into_first_chunk().unwrap_or_default()
+    /// Has rustls take the next message out of what was received.
+    fn search<S: Sink>(&mut self, sink: &mut S) -> Result<(), S::Error> {
+        let UnbufferedStatus { mut discard, state } =
+            self.tls.process_tls_records(self.incoming.filled_mut());
+        match state {
+            Ok(ConnectionState::ReadTraffic(mut traffic)) => {
+                while let Some(record) = traffic.next_record() {
+                    let record = record.map_err(ChannelError::Tls)?;
+                    discard += record.discard;
+                    let taken = if self.rest.is_empty() {
+                        sink.take(record.payload)?
+                    } else {
+                        0
+                    };
+                    self.rest.append(&record.payload[taken..]);
+                }
+            }
+            Ok(ConnectionState::EncodeTlsData(mut message)) => {
+                encode(&mut message, &mut self.outgoing)?;
+            }
+            // It is in the buffer, and will be sent before anything else.
+            Ok(ConnectionState::TransmitTlsData(message)) => message.done(),
+            Ok(ConnectionState::PeerClosed | ConnectionState::Closed) => {
+                self.closed = true;
+                self.searched = true;
+            }
+            Ok(ConnectionState::BlockedHandshake | ConnectionState::WriteTraffic(_)) => {
+                self.searched = true;
+            }
+            Ok(other) => {
+                let unexpected = rustls::Error::General(format!("{other:?}"));
+                return Err(ChannelError::Tls(unexpected).into());
+            }
+            Err(error) => {
+                // The alert tells the peer why, if it still listens.
+                let status = self.tls.process_tls_records(self.incoming.filled_mut());
+                if let Ok(ConnectionState::EncodeTlsData(mut alert)) = status.state {
+                    encode(&mut alert, &mut self.outgoing)?;
+                }
+                let _ = self.send();
+                return Err(ChannelError::Tls(error).into());
+            }
+        }
+        self.incoming.consume(discard);
+        Ok(())
     }
 
     /// Whether [`Channel::receive`] has something to say without the socket.
-    pub(super) fn has_buffered(&mut self) -> bool {
-        self.start < self.end || self.closed || !self.plaintext().is_empty()
-    }
-
-    pub(super) fn consume(&mut self, length: usize) {
-        use std::io::BufRead;
-        self.tls.reader().consume(length);
+    pub(super) fn has_buffered(&self) -> bool {
+        !self.searched || self.closed || !self.rest.is_empty()
     }
 
     /// Encrypts a part of the plaintext, from its beginning: how much, and 0 when enough waits to be sent.
-    pub(super) fn encrypt(&mut self, plaintext: &[IoSlice<'_>]) -> Result<usize, ChannelError> {
-        Ok(self.tls.writer().write_vectored(plaintext)?)
+    pub(super) fn encrypt(&mut self, plaintext: &[u8]) -> Result<usize, ChannelError> {
+        if self.outgoing.len() >= OUTGOING || plaintext.is_empty() {
+            return Ok(0);
+        }
+        let most = (OUTGOING - self.outgoing.len()).next_multiple_of(RECORD);
+        // A short end is not left for a record and a packet of its own.
+        let plaintext = match plaintext.len() {
+            all if all < most + RECORD => plaintext,
+            _ => &plaintext[..most],
+        };
+        let needed = plaintext.len() + plaintext.len().div_ceil(RECORD) * RECORD_OVERHEAD + AHEAD;
+        let used = self.writing(|traffic, outgoing| {
+            match traffic.encrypt(plaintext, outgoing.reserve(needed)) {
+                Err(EncryptError::InsufficientSize(InsufficientSizeError { required_size })) => {
+                    traffic.encrypt(plaintext, outgoing.reserve(required_size))
+                }
+                encrypted => encrypted,
+            }
+        })?;
+        Ok(if used { plaintext.len() } else { 0 })
+    }
+
+    /// Says that nothing more will be sent; [`Channel::send`] sends it.
+    pub(super) fn close(&mut self) {
+        // A peer that cannot be told sees the connection end.
+        let _ =
+            self.writing(|traffic, outgoing| traffic.queue_close_notify(outgoing.reserve(AHEAD)));
+    }
+
+    /// Has rustls write into the buffer that is sent next; `false` where it is not yet, or no more, able to.
+    fn writing(
+        &mut self,
+        mut write: impl FnMut(&mut Traffic<'_>, &mut Buffer) -> Result<usize, EncryptError>,
+    ) -> Result<bool, ChannelError> {
+        loop {
+            // Only what rustls knows to be incomplete, for else it would decrypt another record. But that it must see: a
+            // part of a handshake message is in it, which rustls remembers by its place.
+            let known = if self.searched {
+                self.incoming.filled_mut()
+            } else {
+                &mut []
+            };
+            let UnbufferedStatus { discard, state } = self.tls.process_tls_records(known);
+            let written = match state.map_err(ChannelError::Tls)? {
+                ConnectionState::EncodeTlsData(mut message) => {
+                    encode(&mut message, &mut self.outgoing)?;
+                    None
+                }
+                ConnectionState::TransmitTlsData(message) => {
+                    message.done();
+                    None
+                }
+                ConnectionState::PeerClosed => {
+                    self.closed = true;
+                    None
+                }
+                ConnectionState::WriteTraffic(mut traffic) => {
+                    match write(&mut traffic, &mut self.outgoing) {
+                        Ok(written) => {
+                            self.outgoing.fill(written);
+                            Some(true)
+                        }
+                        Err(_) => return Err(ChannelError::Exhausted),
+                    }
+                }
+                _ => Some(false),
+            };
+            self.incoming.consume(discard);
+            if let Some(written) = written {
+                return Ok(written);
+            }
+        }
     }
 
     /// Sends what it can without waiting; whether anything was sent.
     pub(super) fn send(&mut self) -> Result<bool, ChannelError> {
         let mut sent = false;
-        while self.tls.wants_write() {
-            match self.tls.write_tls(&mut self.socket) {
+        while !self.outgoing.is_empty() {
+            match self.socket.write(self.outgoing.filled()) {
                 Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
-                Ok(_) => sent = true,
+                Ok(written) => {
+                    self.outgoing.consume(written);
+                    sent = true;
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
@@ -148,12 +312,7 @@ impl Channel {
 
     /// Whether ciphertext waits to be sent.
     pub(super) fn is_sending(&self) -> bool {
-        self.tls.wants_write()
-    }
-
-    /// Says that nothing more will be sent; [`Channel::send`] sends it.
-    pub(super) fn close(&mut self) {
-        self.tls.send_close_notify();
+        !self.outgoing.is_empty()
     }
 
     /// The socket, when nothing more is to be said in TLS.
@@ -169,7 +328,8 @@ impl Channel {
         let _ = self.send();
         let _ = self.socket.shutdown(Shutdown::Write);
         let mut most = UNREAD;
-        while let Ok(read @ 1..) = self.socket.read(&mut self.incoming) {
+        let mut unread = [0; 4 << 10];
+        while let Ok(read @ 1..) = self.socket.read(&mut unread) {
             if read >= most {
                 return;
             }
@@ -182,4 +342,21 @@ impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+type Traffic<'c> = rustls::unbuffered::WriteTraffic<'c, rustls::server::ServerConnectionData>;
+type Message<'c> = rustls::unbuffered::EncodeTlsData<'c, rustls::server::ServerConnectionData>;
+
+/// Appends a message of rustls' own to what is sent next.
+fn encode(message: &mut Message<'_>, outgoing: &mut Buffer) -> Result<(), ChannelError> {
+    let encoded = match message.encode(outgoing.reserve(AHEAD)) {
+        Err(EncodeError::InsufficientSize(InsufficientSizeError { required_size })) => {
+            message.encode(outgoing.reserve(required_size))
+        }
+        encoded => encoded,
+    };
+    let written =
+        encoded.map_err(|error| ChannelError::Tls(rustls::Error::General(error.to_string())))?;
+    outgoing.fill(written);
+    Ok(())
 }

@@ -19,7 +19,7 @@ pub(super) const EXTENTS: usize = 4096;
 const PIECES: usize = 64;
 
 /// A hole that saves less than this is cheaper to send as zeroes.
-const WORTHWHILE: u32 = 4096;
+pub(super) const WORTHWHILE: u32 = 4096;
 
 /// What a reply looks like in this session.
 #[derive(Debug, Clone)]
@@ -31,8 +31,7 @@ pub(super) struct Style {
 /// A reply, ready to be sent, and the memory it holds until then.
 #[derive(Debug)]
 pub(super) struct Reply {
-    /// To be sent one after the other.
-    pub(super) parts: Vec<Vec<u8>>,
+    pub(super) bytes: Vec<u8>,
     /// Given back when the reply has been sent and is dropped.
     pub(super) _permit: Option<Permit>,
 }
@@ -47,7 +46,7 @@ impl Reply {
             (true, Err((errno, message))) => reply::error(cookie, errno, message),
         };
         Self {
-            parts: vec![bytes],
+            bytes,
             _permit: None,
         }
     }
@@ -71,9 +70,9 @@ impl Pending {
         let counters = &self.presence.export.counters;
         match request {
             Request::Read { range, whole } => {
-                let parts = read(store, &self.style, self.cookie, range, whole);
+                let bytes = read(store, &self.style, self.cookie, range, whole);
                 count(&counters.reads, &counters.read_bytes, range.length);
-                self.answer(store, parts);
+                self.answer(store, bytes);
             }
             Request::Write { range, fua } => {
                 let written = store.write(range.offset, &data);
@@ -91,8 +90,8 @@ impl Pending {
             } => self.settle(service, store.zero(range, no_hole, fast), fua),
             Request::Cache { range } => self.settle(service, store.cache(range), false),
             Request::BlockStatus { range, one } => {
-                let parts = block_status(store, &self.style, self.cookie, range, one);
-                self.answer(store, parts);
+                let bytes = block_status(store, &self.style, self.cookie, range, one);
+                self.answer(store, bytes);
             }
             // Never handed out: the session ends with it.
             Request::Disconnect => self.answered = true,
@@ -111,28 +110,28 @@ impl Pending {
     }
 
     fn finish(self, store: &Store, result: Result<(), Trouble>) {
-        let parts = result.map(|()| Reply::status(&self.style, self.cookie, Ok(())).parts);
-        self.answer(store, parts);
+        let bytes = result.map(|()| Reply::status(&self.style, self.cookie, Ok(())).bytes);
+        self.answer(store, bytes);
     }
 
-    fn answer(mut self, store: &Store, parts: Result<Vec<Vec<u8>>, Trouble>) {
-        let parts = parts.unwrap_or_else(|trouble| {
+    fn answer(mut self, store: &Store, bytes: Result<Vec<u8>, Trouble>) {
+        let bytes = bytes.unwrap_or_else(|trouble| {
             store.report(trouble);
             self.failure(trouble.errno(), &trouble.to_string())
         });
-        self.deliver(parts);
+        self.deliver(bytes);
     }
 
-    fn failure(&self, errno: Errno, message: &str) -> Vec<Vec<u8>> {
+    fn failure(&self, errno: Errno, message: &str) -> Vec<u8> {
         let failed = &self.presence.export.counters.failed;
         failed.fetch_add(1, Ordering::Relaxed);
-        Reply::status(&self.style, self.cookie, Err((errno, message))).parts
+        Reply::status(&self.style, self.cookie, Err((errno, message))).bytes
     }
 
-    fn deliver(&mut self, parts: Vec<Vec<u8>>) {
+    fn deliver(&mut self, bytes: Vec<u8>) {
         self.answered = true;
         self.inbox.deliver(Reply {
-            parts,
+            bytes,
             _permit: self.permit.take(),
         });
     }
@@ -141,8 +140,8 @@ impl Pending {
 impl Drop for Pending {
     fn drop(&mut self) {
         if !self.answered {
-            let parts = self.failure(Errno::EIO, "the server failed to carry out the request");
-            self.deliver(parts);
+            let bytes = self.failure(Errno::EIO, "the server failed to carry out the request");
+            self.deliver(bytes);
         }
     }
 }
@@ -159,13 +158,15 @@ fn read(
     cookie: Cookie,
     range: Range,
     whole: bool,
-) -> Result<Vec<Vec<u8>>, Trouble> {
+) -> Result<Vec<u8>, Trouble> {
     if !style.structured {
-        let data = store.read(range)?;
-        return Ok(vec![reply::simple(cookie, Errno::OK).to_vec(), data]);
+        let mut bytes = Vec::with_capacity(reply::SIMPLE_LENGTH + range.length as usize);
+        bytes.extend_from_slice(&reply::simple(cookie, Errno::OK));
+        store.read(range, &mut bytes)?;
+        return Ok(bytes);
     }
     if range.length == 0 {
-        return Ok(vec![reply::none(cookie)]);
+        return Ok(reply::none(cookie));
     }
     let pieces = if whole {
         vec![Extent {
@@ -175,20 +176,22 @@ fn read(
     } else {
         pieces(store, range)?
     };
-    let mut parts = Vec::with_capacity(2 * pieces.len());
+    let data = pieces.iter().filter(|piece| piece.flags == 0);
+    let data: usize = data.map(|piece| piece.length as usize).sum();
+    let mut bytes = Vec::with_capacity(data + pieces.len() * (reply::OFFSET_LENGTH + 4));
     let mut offset = range.offset;
     for (index, piece) in pieces.iter().enumerate() {
         let done = index + 1 == pieces.len();
         let length = piece.length;
         if piece.flags == 0 {
-            parts.push(reply::offset_data(cookie, done, offset, length).to_vec());
-            parts.push(store.read(Range { offset, length })?);
+            bytes.extend_from_slice(&reply::offset_data(cookie, done, offset, length));
+            store.read(Range { offset, length }, &mut bytes)?;
         } else {
-            parts.push(reply::offset_hole(cookie, done, offset, length));
+            bytes.extend_from_slice(&reply::offset_hole(cookie, done, offset, length));
         }
         offset += u64::from(length);
     }
-    Ok(parts)
+    Ok(bytes)
 }
 
 /// Data and holes of a range that is read: few, and only holes worth a chunk of their own.
@@ -220,14 +223,14 @@ fn block_status(
     cookie: Cookie,
     range: Range,
     one: bool,
-) -> Result<Vec<Vec<u8>>, Trouble> {
-    let mut parts = Vec::with_capacity(style.contexts.len());
+) -> Result<Vec<u8>, Trouble> {
+    let mut bytes = Vec::new();
     for (index, (id, context)) in style.contexts.iter().enumerate() {
         let extents = match context {
             MetaContext::BaseAllocation => store.extents(range, if one { 1 } else { EXTENTS })?,
         };
         let done = index + 1 == style.contexts.len();
-        parts.push(reply::block_status(cookie, done, *id, &extents));
+        bytes.extend_from_slice(&reply::block_status(cookie, done, *id, &extents));
     }
-    Ok(parts)
+    Ok(bytes)
 }

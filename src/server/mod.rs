@@ -6,6 +6,7 @@
 
 mod attachments;
 mod budget;
+mod buffer;
 mod channel;
 mod command;
 mod commit;

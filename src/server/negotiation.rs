@@ -4,7 +4,7 @@
 //! STARTTLS can only ever be taken for TLS (C25), and is not even waited for: bytes that are there before STARTTLS
 //! was answered end the connection (C26).
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -12,9 +12,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
-use rustls::ServerConnection;
+use rustls::server::UnbufferedServerConnection;
 
-use super::channel::{Channel, ChannelError, Received};
+use super::channel::{Channel, ChannelError, Received, Sink};
 use super::exports::{NotNow, Presence};
 use super::service::Service;
 use crate::nbd::server::{Exports, Fault, Handshake, Plain, PlainStep, Secured, Session, Step};
@@ -284,24 +284,22 @@ impl Negotiation {
         if service.draining.load(Ordering::Acquire) {
             machine.shut_down();
         }
-        while received.len() < machine.wanted() {
-            match channel.receive().map_err(Refused::Tls)? {
-                Received::Plaintext => {}
-                Received::Nothing => {
-                    return Ok(Moved::Waits(Stage::Secured {
-                        channel,
-                        machine,
-                        identity,
-                        received,
-                        closing,
-                    }));
-                }
-                Received::End => return Err(Refused::Left),
+        let mut message = Message {
+            wanted: machine.wanted(),
+            received: &mut received,
+        };
+        let came = channel.receive(&mut message).map_err(Refused::Tls)?;
+        if received.len() < machine.wanted() {
+            if came == Received::End {
+                return Err(Refused::Left);
             }
-            let plaintext = channel.plaintext();
-            let taken = plaintext.len().min(machine.wanted() - received.len());
-            received.extend_from_slice(&plaintext[..taken]);
-            channel.consume(taken);
+            return Ok(Moved::Waits(Stage::Secured {
+                channel,
+                machine,
+                identity,
+                received,
+                closing,
+            }));
         }
         let exports = Visible {
             service,
@@ -379,7 +377,7 @@ fn plain(
         Then::Receive => {}
         Then::Close => return Ok(Moved::Parts(socket, Refused::Left)),
         Then::Upgrade(handshake) => {
-            let tls = ServerConnection::new(service.tls.config())
+            let tls = UnbufferedServerConnection::new(service.tls.config())
                 .map_err(|error| Refused::Tls(ChannelError::Tls(error)))?;
             let channel = Channel::new(socket, tls, INCOMING);
             return Ok(Moved::On(Stage::Tls { channel, handshake }));
@@ -427,7 +425,7 @@ fn plain(
 }
 
 fn tls(service: &Service, mut channel: Channel, handshake: Handshake) -> Result<Moved, Refused> {
-    let received = match channel.receive() {
+    let received = match channel.receive(&mut HandshakeOnly::default()) {
         Ok(received) => received,
         Err(error) => return Ok(Moved::Parts(channel.into_socket(), Refused::Tls(error))),
     };
@@ -461,9 +459,7 @@ fn tls(service: &Service, mut channel: Channel, handshake: Handshake) -> Result<
 /// Encrypts a reply; options are answered one at a time, so there is always room.
 fn say(channel: &mut Channel, mut reply: &[u8]) -> Result<(), Refused> {
     while !reply.is_empty() {
-        let taken = channel
-            .encrypt(&[IoSlice::new(reply)])
-            .map_err(Refused::Tls)?;
+        let taken = channel.encrypt(reply).map_err(Refused::Tls)?;
         if taken == 0 {
             let full = io::Error::from(io::ErrorKind::WriteZero);
             return Err(Refused::Tls(full.into()));
@@ -471,6 +467,45 @@ fn say(channel: &mut Channel, mut reply: &[u8]) -> Result<(), Refused> {
         reply = &reply[taken..];
     }
     Ok(())
+}
+
+/// Takes exactly what the state machine wants.
+struct Message<'a> {
+    wanted: usize,
+    received: &'a mut Vec<u8>,
+}
+
+impl Sink for Message<'_> {
+    type Error = ChannelError;
+
+    fn wants(&self) -> bool {
+        self.received.len() < self.wanted
+    }
+
+    fn take(&mut self, plaintext: &[u8]) -> Result<usize, ChannelError> {
+        let taken = plaintext.len().min(self.wanted - self.received.len());
+        self.received.extend_from_slice(&plaintext[..taken]);
+        Ok(taken)
+    }
+}
+
+/// Leaves what comes after the handshake where it is.
+#[derive(Default)]
+struct HandshakeOnly {
+    over: bool,
+}
+
+impl Sink for HandshakeOnly {
+    type Error = ChannelError;
+
+    fn wants(&self) -> bool {
+        !self.over
+    }
+
+    fn take(&mut self, _: &[u8]) -> Result<usize, ChannelError> {
+        self.over = true;
+        Ok(0)
+    }
 }
 
 fn would_block(result: io::Result<usize>) -> io::Result<Option<usize>> {

@@ -4,7 +4,6 @@
 //! come back through an [`Inbox`], in the order in which they are ready. A session that cannot send, or that has used
 //! up its memory, stops reading: the client feels that, and nobody else does.
 
-use std::io::IoSlice;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno as OsErrno;
 
 use super::budget::{Account, Permit};
-use super::channel::{Channel, ChannelError, Received};
+use super::channel::{Channel, ChannelError, Received, Sink};
 use super::command::{Reply, Style};
 use super::exports::{Order, Presence};
 use super::outgoing::Outgoing;
@@ -23,11 +22,15 @@ use crate::nbd::request::{Range, RawRequest, Request};
 use crate::nbd::server::Session as Negotiated;
 use crate::nbd::{Cookie, Errno};
 
-/// Ciphertext read at a time: four full records and their headers.
-const INCOMING: usize = 4 * (16 << 10) + 256;
+/// Ciphertext read at a time: eight full records and their headers, as much as is encrypted at a time.
+const INCOMING: usize = 8 * (16 << 10) + 512;
 
 /// Requests that are being carried out or whose replies wait. The kernel has 128 in flight on a connection.
 const REQUESTS: usize = 256;
+
+/// Bytes of short replies that are put together before they are sent. More would have the client wait for the first,
+/// and leave the processor's second cache.
+const STAGED: usize = 64 << 10;
 
 /// Bytes of replies that wait before no more requests are read.
 const BACKLOG: usize = 1 << 20;
@@ -39,7 +42,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// The same when the peer keeps memory that others wait for.
 const IN_THE_WAY: Duration = Duration::from_secs(10);
 
-/// How often a session that its peer keeps waiting looks whether it is in the way.
+/// How often a session that its peer keeps waiting looks whether it is in the way, and how long one is idle before it
+/// gives back its memory.
 const LOOK: Duration = Duration::from_secs(2);
 
 /// How long a session that knows ESHUTDOWN is kept open to say it, once nothing is in flight (C60).
@@ -93,8 +97,18 @@ pub(super) enum Ending {
 
 /// A session in transmission.
 pub(super) struct Session {
-    service: Arc<Service>,
     channel: Channel,
+    requests: Requests,
+    received_at: Instant,
+    /// Since when the peer has taken nothing of what waits to be sent.
+    unsent_since: Option<Instant>,
+    /// Nothing happened for so long that the buffers were given back.
+    resting: bool,
+}
+
+/// The requests of a session and their replies, on this side of the encryption.
+struct Requests {
+    service: Arc<Service>,
     presence: Arc<Presence>,
     inbox: Arc<Inbox>,
     account: Arc<Account>,
@@ -102,12 +116,9 @@ pub(super) struct Session {
     receiving: Receiving,
     outgoing: Outgoing,
     in_flight: usize,
-    /// For READs that need no worker.
-    scratch: Vec<u8>,
+    /// Memory for the next WRITE's payload.
+    spare: Vec<u8>,
     order: Order,
-    received_at: Instant,
-    /// Since when the peer has taken nothing of what waits to be sent.
-    unsent_since: Option<Instant>,
 }
 
 /// How far the next request has come.
@@ -118,6 +129,12 @@ enum Receiving {
     },
     /// It is good, and waits for memory.
     Waiting { cookie: Cookie, request: Request },
+    /// A good WRITE, of whose payload nothing was taken, nor memory for it.
+    Write {
+        cookie: Cookie,
+        range: Range,
+        fua: bool,
+    },
     /// WRITE's payload.
     Payload {
         cookie: Cookie,
@@ -166,19 +183,22 @@ impl Session {
             contexts: negotiated.contexts.clone().into(),
         };
         Self {
-            service,
             channel,
-            presence,
-            inbox,
-            account,
-            style,
-            receiving: Receiving::START,
-            outgoing: Outgoing::default(),
-            in_flight: 0,
-            scratch: Vec::new(),
-            order: Order::Serve,
+            requests: Requests {
+                service,
+                presence,
+                inbox,
+                account,
+                style,
+                receiving: Receiving::START,
+                outgoing: Outgoing::default(),
+                in_flight: 0,
+                spare: Vec::new(),
+                order: Order::Serve,
+            },
             received_at: Instant::now(),
             unsent_since: None,
+            resting: false,
         }
     }
 
@@ -191,108 +211,82 @@ impl Session {
 
     fn serve(&mut self) -> Result<Ending, Ending> {
         loop {
-            self.collect();
+            self.requests.collect();
             self.obey()?;
             self.receive()?;
             self.transmit()?;
-            if self.resume()? {
+            if self.requests.resume() {
                 continue;
             }
-            let settled =
-                self.in_flight == 0 && self.outgoing.is_empty() && !self.channel.is_sending();
-            if settled && matches!(self.receiving, Receiving::Over(_)) {
+            let settled = self.requests.are_settled() && !self.channel.is_sending();
+            if settled && matches!(self.requests.receiving, Receiving::Over(_)) {
                 return Ok(self.say_goodbye());
             }
-            self.wait()?;
-        }
-    }
-
-    /// Takes in what the workers have done.
-    fn collect(&mut self) {
-        for reply in self.inbox.take() {
-            self.in_flight -= 1;
-            self.outgoing.push(reply);
+            self.wait(settled)?;
         }
     }
 
     /// Does what the server wants of its sessions.
     fn obey(&mut self) -> Result<(), Ending> {
-        let order = self.presence.order();
-        if order == self.order {
+        let order = self.requests.presence.order();
+        if order == self.requests.order {
             return Ok(());
         }
-        self.order = order;
+        self.requests.order = order;
         match order {
             Order::Serve => {}
             Order::Close => return Err(Ending::Ordered),
             // The kernel makes I/O errors of ESHUTDOWN (K19), while a request that gets no answer is sent again to
             // the next server. Only who negotiated more than the kernel can is told (C60).
-            Order::Finish if self.style.structured => self.received_at = Instant::now(),
-            Order::Finish => self.receiving = Receiving::Over(Ending::Drained),
+            Order::Finish if self.requests.style.structured => self.received_at = Instant::now(),
+            Order::Finish => self.requests.receiving = Receiving::Over(Ending::Drained),
         }
         Ok(())
     }
 
     /// Reads and starts requests, until there are none or until there is no room.
     fn receive(&mut self) -> Result<(), Ending> {
-        while self.wants_requests() {
-            match self.channel.receive()? {
-                Received::Plaintext => {}
-                Received::Nothing => break,
-                Received::End => {
-                    self.receiving = Receiving::Over(Ending::Gone);
-                    break;
-                }
-            }
+        let mut sink = Counting {
+            requests: &mut self.requests,
+            taken: 0,
+        };
+        let received = self.channel.receive(&mut sink)?;
+        if sink.taken > 0 {
             self.received_at = Instant::now();
-            self.advance()?;
+        }
+        if received == Received::End {
+            self.requests.receiving = Receiving::Over(Ending::Gone);
         }
         Ok(())
     }
 
-    /// Starts the request that waits for memory, if there is some now: sending replies gave it back.
-    fn resume(&mut self) -> Result<bool, ChannelError> {
-        let Receiving::Waiting { cookie, request } = self.receiving else {
-            return Ok(false);
-        };
-        self.begin(cookie, request)?;
-        Ok(!matches!(self.receiving, Receiving::Waiting { .. }))
-    }
-
-    /// Whether there is room for another request, or for the rest of this one.
-    fn wants_requests(&self) -> bool {
-        match self.receiving {
-            Receiving::Waiting { .. } | Receiving::Over(_) => false,
-            Receiving::Payload { .. } | Receiving::Discard { .. } => true,
-            Receiving::Header { .. } => {
-                self.in_flight + self.outgoing.len() < REQUESTS && self.outgoing.bytes() < BACKLOG
-            }
-        }
-    }
-
     /// Encrypts and sends replies.
     fn transmit(&mut self) -> Result<(), Ending> {
-        loop {
-            let channel = &mut self.channel;
-            self.outgoing
-                .drain(|slices: &[IoSlice<'_>]| channel.encrypt(slices))?;
-            let sent = self.channel.send()?;
-            if self.outgoing.is_empty() && !self.channel.is_sending() {
-                self.unsent_since = None;
-                return Ok(());
+        let outgoing = &mut self.requests.outgoing;
+        let mut sent = false;
+        while !outgoing.is_empty() || self.channel.is_sending() {
+            loop {
+                let encrypted = self.channel.encrypt(outgoing.next())?;
+                if encrypted == 0 {
+                    break;
+                }
+                outgoing.advance(encrypted);
             }
-            if sent || self.unsent_since.is_none() {
-                self.unsent_since = Some(Instant::now());
-            }
+            sent |= self.channel.send()?;
             if self.channel.is_sending() {
+                if sent || self.unsent_since.is_none() {
+                    self.unsent_since = Some(Instant::now());
+                }
                 return Ok(());
             }
         }
+        self.unsent_since = None;
+        Ok(())
     }
 
     /// Sleeps until there is something to do.
-    fn wait(&mut self) -> Result<(), Ending> {
-        let reading = self.wants_requests();
+    fn wait(&mut self, settled: bool) -> Result<(), Ending> {
+        let reading = self.requests.are_wanted();
         if reading && self.channel.has_buffered() {
             return Ok(());
         }
@@ -303,44 +297,55 @@ impl Session {
         if self.channel.is_sending() {
             interest |= PollFlags::OUT;
         }
-        let timeout = self.patience(reading)?;
+        let idle = settled && self.requests.receiving.is_between_messages();
+        let mut timeout = self.patience(reading)?;
+        if idle && !self.resting && timeout.is_none() {
+            timeout = Some(LOOK);
+        }
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         let mut fds = [
             PollFd::new(&self.channel, interest),
-            PollFd::new(&*self.presence.wake, PollFlags::IN),
+            PollFd::new(&*self.requests.presence.wake, PollFlags::IN),
         ];
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(OsErrno::INTR) => {}
-            Err(errno) => return Err(Ending::Poll(errno)),
-        }
+        let ready = match poll(&mut fds, timeout.as_ref()) {
+            Err(OsErrno::INTR) => return Ok(()),
+            ready => ready.map_err(Ending::Poll)?,
+        };
         let woken = !fds[1].revents().is_empty();
         // Without interest in either, a peer that is gone would be reported for ever.
         if interest.is_empty() && fds[0].revents().intersects(PollFlags::ERR | PollFlags::HUP) {
             return Err(Ending::Gone);
         }
         if woken {
-            self.presence.wake.take();
+            self.requests.presence.wake.take();
         }
         if !reading {
             // It was not the peer that kept us waiting.
             self.received_at = Instant::now();
         }
+        if idle && ready == 0 && !self.resting {
+            self.channel.shrink();
+            self.requests.shrink();
+            crate::sys::memory::give_back();
+        }
+        self.resting = idle && ready == 0;
         Ok(())
     }
 
     /// How long to sleep at most, or that the peer was waited for long enough.
-    fn patience(&mut self, reading: bool) -> Result<Option<Timespec>, Ending> {
+    fn patience(&mut self, reading: bool) -> Result<Option<Duration>, Ending> {
         let mut sleep = None;
-        if self.order == Order::Finish && self.in_flight == 0 {
+        if self.requests.order == Order::Finish && self.requests.in_flight == 0 {
             let left = FAREWELL.saturating_sub(self.received_at.elapsed());
             if left.is_zero() {
-                self.receiving = Receiving::Over(Ending::Drained);
+                self.requests.receiving = Receiving::Over(Ending::Drained);
             }
             sleep = Some(left);
         }
-        let half = reading && !self.receiving.is_between_messages();
+        let half = reading && !self.requests.receiving.is_between_messages();
         let waits_since = [self.unsent_since, half.then_some(self.received_at)];
         if let Some(since) = waits_since.into_iter().flatten().min() {
-            let patience = if self.account.is_in_the_way() {
+            let patience = if self.requests.account.is_in_the_way() {
                 IN_THE_WAY
             } else {
                 PATIENCE
@@ -350,15 +355,35 @@ impl Session {
             }
             sleep = Some(sleep.map_or(LOOK, |sleep: Duration| sleep.min(LOOK)));
         }
-        Ok(sleep.and_then(|sleep| Timespec::try_from(sleep).ok()))
+        Ok(sleep)
     }
 
     fn say_goodbye(&mut self) -> Ending {
         self.channel.close();
         self.channel.hang_up();
-        match std::mem::replace(&mut self.receiving, Receiving::START) {
+        match std::mem::replace(&mut self.requests.receiving, Receiving::START) {
             Receiving::Over(ending) => ending,
             _ => Ending::Gone,
         }
+    }
+}
+
+/// Notices whether the peer has sent anything.
+struct Counting<'a> {
+    requests: &'a mut Requests,
+    taken: usize,
+}
+
+impl Sink for Counting<'_> {
+    type Error = Ending;
+
+    fn wants(&self) -> bool {
+        self.requests.are_wanted()
+    }
+
+    fn take(&mut self, plaintext: &[u8]) -> Result<usize, Ending> {
+        let taken = self.requests.take(plaintext)?;
+        self.taken += taken;
+        Ok(taken)
     }
 }

@@ -11,8 +11,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use rustix::buffer::spare_capacity;
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::{Errno as OsErrno, ReadWriteFlags};
 
@@ -25,6 +25,15 @@ mod tests;
 
 /// How much is written at a time where zeroes must be written one by one.
 const ZEROES: usize = 256 << 10;
+
+/// A write that took longer waited for the disk: from one that only fills pages a long one takes 0.2 ms.
+const SLOW: Duration = Duration::from_millis(2);
+
+/// For how long nobody tries again not to wait, where one had to.
+const RESPITE: Duration = Duration::from_secs(1);
+
+/// A file system without a disk (linux/magic.h).
+const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 /// An open backing file.
 #[derive(Debug)]
@@ -39,6 +48,11 @@ pub(super) struct Store {
     /// Whether RWF_NOWAIT is understood by this file system, for reads and for writes.
     nowait_reads: AtomicBool,
     nowait_writes: AtomicBool,
+    /// No request ever waits for a disk.
+    in_memory: bool,
+    opened: Instant,
+    /// Until when writes are slow, in microseconds since then.
+    slow_until: AtomicU64,
     reported: Mutex<Option<Trouble>>,
 }
 
@@ -115,6 +129,8 @@ impl Store {
                 path: path.to_owned(),
             });
         };
+        let in_memory = rustix::fs::fstatfs(&file)
+            .is_ok_and(|status| u64::try_from(status.f_type) == Ok(TMPFS_MAGIC));
         Ok(Self {
             file,
             path: path.to_owned(),
@@ -123,6 +139,9 @@ impl Store {
             lost: AtomicBool::new(false),
             nowait_reads: AtomicBool::new(true),
             nowait_writes: AtomicBool::new(!read_only),
+            in_memory: regular && in_memory,
+            opened: Instant::now(),
+            slow_until: AtomicU64::new(0),
             reported: Mutex::new(None),
         })
     }
@@ -161,30 +180,37 @@ impl Store {
         Ok(self.served.fetch_max(size, Ordering::AcqRel).max(size))
     }
 
-    /// Reads exactly that range.
-    pub(super) fn read(&self, range: Range) -> Result<Vec<u8>, Trouble> {
-        let length = range.length as usize;
-        let mut data = Vec::with_capacity(length);
-        while data.len() < length {
-            let at = range.offset + data.len() as u64;
-            match rustix::io::pread(&self.file, spare_capacity(&mut data), at) {
+    /// Appends exactly that range to `data`.
+    pub(super) fn read(&self, range: Range, data: &mut Vec<u8>) -> Result<(), Trouble> {
+        let mut have = data.len();
+        data.resize(have + range.length as usize, 0);
+        let mut at = range.offset;
+        while have < data.len() {
+            match rustix::io::pread(&self.file, &mut data[have..], at) {
                 Ok(0) => return Err(self.too_short()),
-                Ok(_) | Err(OsErrno::INTR) => {}
+                Ok(read) => {
+                    have += read;
+                    at += read as u64;
+                }
+                Err(OsErrno::INTR) => {}
                 Err(errno) => return Err(Trouble::io("read")(errno)),
             }
         }
-        data.truncate(length);
-        Ok(data)
+        Ok(())
     }
 
     /// Fills `data` if that needs no waiting, which is so when the page cache has it all.
     pub(super) fn read_now(&self, offset: u64, data: &mut [u8]) -> bool {
-        if !self.nowait_reads.load(Ordering::Relaxed) {
+        let flags = if self.in_memory {
+            ReadWriteFlags::empty()
+        } else if self.nowait_reads.load(Ordering::Relaxed) {
+            ReadWriteFlags::NOWAIT
+        } else {
             return false;
-        }
+        };
         let length = data.len();
         let buffers = &mut [IoSliceMut::new(data)];
-        match rustix::io::preadv2(&self.file, buffers, offset, ReadWriteFlags::NOWAIT) {
+        match rustix::io::preadv2(&self.file, buffers, offset, flags) {
             Ok(read) => read == length,
             Err(OsErrno::OPNOTSUPP | OsErrno::NOSYS | OsErrno::INVAL) => {
                 self.nowait_reads.store(false, Ordering::Relaxed);
@@ -199,21 +225,36 @@ impl Store {
         self.write_all(offset, data)
     }
 
-    /// Writes `data` if that needs no waiting; `None` where it would, or where anything is out of order.
+    /// Writes `data` if that is unlikely to need waiting; `None` where it would, or where anything is out of order.
     pub(super) fn write_now(&self, offset: u64, data: &[u8]) -> Option<()> {
-        if !self.nowait_writes.load(Ordering::Relaxed) {
+        if self.is_slow() {
             return None;
         }
         self.check_writable().ok()?;
-        let buffers = &[IoSlice::new(data)];
-        match rustix::io::pwritev2(&self.file, buffers, offset, ReadWriteFlags::NOWAIT) {
-            Ok(written) if written == data.len() => Some(()),
-            Err(OsErrno::OPNOTSUPP | OsErrno::NOSYS | OsErrno::INVAL) => {
-                self.nowait_writes.store(false, Ordering::Relaxed);
-                None
+        if self.nowait_writes.load(Ordering::Relaxed) && !self.in_memory {
+            let buffers = &[IoSlice::new(data)];
+            match rustix::io::pwritev2(&self.file, buffers, offset, ReadWriteFlags::NOWAIT) {
+                Err(OsErrno::OPNOTSUPP | OsErrno::NOSYS | OsErrno::INVAL) => {
+                    self.nowait_writes.store(false, Ordering::Relaxed);
+                }
+                written => return (written == Ok(data.len())).then_some(()),
             }
-            _ => None,
         }
+        // ext4 and block devices have no such flag. What goes into the page cache seldom waits for the disk.
+        let began = Instant::now();
+        let written = rustix::io::pwrite(&self.file, data, offset);
+        if began.elapsed() > SLOW && !self.in_memory {
+            let until = (self.opened.elapsed() + RESPITE).as_micros();
+            let until = u64::try_from(until).unwrap_or(u64::MAX);
+            self.slow_until.store(until, Ordering::Relaxed);
+        }
+        (written == Ok(data.len())).then_some(())
+    }
+
+    /// Whether a write had to wait just now.
+    fn is_slow(&self) -> bool {
+        let until = self.slow_until.load(Ordering::Relaxed);
+        until > 0 && self.opened.elapsed().as_micros() < u128::from(until)
     }
 
     fn write_all(&self, mut offset: u64, mut data: &[u8]) -> Result<(), Trouble> {

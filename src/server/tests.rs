@@ -268,6 +268,29 @@ fn c46_replies_come_in_the_order_in_which_they_are_ready_with_their_cookies() {
 }
 
 #[test]
+fn a_client_may_change_its_keys_at_any_time() {
+    let bench = Bench::new();
+    let mut client = bench.client(false);
+    for cookie in 0..4 {
+        // It asks for the server's new keys too, which must not come after what they encrypt.
+        client.stream.conn.refresh_traffic_keys().unwrap();
+        client.send_write(2 * cookie, 0, &[7; 40_000]);
+        client.stream.conn.refresh_traffic_keys().unwrap();
+        client.send(Command::READ, NONE, 2 * cookie + 1, (0, 40_000));
+        let mut replies = [0, 1].map(|_| {
+            client
+                .reply(|cookie| if cookie % 2 == 1 { 40_000 } else { 0 })
+                .unwrap()
+        });
+        replies.sort_unstable();
+        assert_eq!(
+            replies,
+            [2 * cookie, 2 * cookie + 1].map(|cookie| (cookie, Errno::OK))
+        );
+    }
+}
+
+#[test]
 fn c57_disc_waits_for_what_was_asked_before() {
     let bench = Bench::new();
     let mut client = bench.client(false);

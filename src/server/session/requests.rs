@@ -1,58 +1,114 @@
 //! A session's requests, from the first byte to the reply or to the workers.
 
-use std::io::IoSlice;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Ending, Receiving, Session};
+use super::{BACKLOG, Ending, REQUESTS, Receiving, Requests, STAGED};
 use crate::nbd::reply;
 use crate::nbd::request::{Range, RawRequest, Request, Rules};
 use crate::nbd::{Cookie, Errno};
 use crate::server::budget::Permit;
-use crate::server::channel::ChannelError;
-use crate::server::command::{EXTENTS, Pending, Reply, count};
+use crate::server::command::{EXTENTS, Pending, Reply, WORTHWHILE, count};
 use crate::server::exports::Order;
 use crate::server::service::BLOCK_SIZES;
 
-/// READs and WRITEs up to this size are tried at once, without a worker.
-const SHORT: u32 = 64 << 10;
+/// READs and WRITEs up to this size are tried at once, without a worker. Above it, the worker's memory and the two
+/// wake-ups cost little beside the bytes.
+const SHORT: u32 = 512 << 10;
 
-impl Session {
+impl Requests {
+    /// Whether there is room for another request, or for the rest of this one.
+    pub(super) fn are_wanted(&self) -> bool {
+        match self.receiving {
+            Receiving::Waiting { .. } | Receiving::Over(_) => false,
+            Receiving::Write { .. } | Receiving::Payload { .. } | Receiving::Discard { .. } => true,
+            Receiving::Header { .. } => {
+                self.outgoing.staged() < STAGED
+                    && self.in_flight + self.outgoing.len() < REQUESTS
+                    && self.outgoing.bytes() < BACKLOG
+            }
+        }
+    }
+
+    /// Whether everything that was begun has been answered.
+    pub(super) fn are_settled(&self) -> bool {
+        self.in_flight == 0 && self.outgoing.is_empty()
+    }
+
+    /// Gives back the memory that is not in use.
+    pub(super) fn shrink(&mut self) {
+        self.spare = Vec::new();
+        self.outgoing.shrink();
+    }
+
+    /// Takes in what the workers have done.
+    pub(super) fn collect(&mut self) {
+        for reply in self.inbox.take() {
+            self.in_flight -= 1;
+            self.outgoing.push(reply);
+        }
+    }
+
+    /// Starts the request that waits for memory, if there is some now: sending replies gave it back.
+    pub(super) fn resume(&mut self) -> bool {
+        let Receiving::Waiting { cookie, request } = self.receiving else {
+            return false;
+        };
+        self.grant(cookie, request);
+        !matches!(self.receiving, Receiving::Waiting { .. })
+    }
+
+    /// Takes plaintext as long as more is wanted; how much.
+    pub(super) fn take(&mut self, plaintext: &[u8]) -> Result<usize, Ending> {
+        let mut left = plaintext;
+        while !left.is_empty() && self.are_wanted() {
+            let taken = self.advance(left)?;
+            left = &left[taken..];
+        }
+        Ok(plaintext.len() - left.len())
+    }
+
     /// Takes some of the plaintext.
-    pub(super) fn advance(&mut self) -> Result<(), Ending> {
-        let plaintext = self.channel.plaintext();
+    fn advance(&mut self, plaintext: &[u8]) -> Result<usize, Ending> {
         match &mut self.receiving {
             Receiving::Header { bytes, have } => {
                 let taken = plaintext.len().min(bytes.len() - *have);
                 bytes[*have..*have + taken].copy_from_slice(&plaintext[..taken]);
                 *have += taken;
-                let complete = (*have == bytes.len()).then_some(*bytes);
-                self.channel.consume(taken);
-                if let Some(bytes) = complete {
+                if *have == bytes.len() {
+                    let bytes = *bytes;
                     self.accept(&bytes)?;
                 }
+                Ok(taken)
+            }
+            Receiving::Write { cookie, range, fua } => {
+                let (cookie, range, fua) = (*cookie, *range, *fua);
+                let whole = plaintext.get(..range.length as usize);
+                if let Some(data) = whole.filter(|data| self.write_now(cookie, range, fua, data)) {
+                    self.receiving = Receiving::START;
+                    return Ok(data.len());
+                }
+                self.grant(cookie, Request::Write { range, fua });
+                Ok(0)
             }
             Receiving::Payload { range, data, .. } => {
                 let taken = plaintext.len().min(range.length as usize - data.len());
                 data.extend_from_slice(&plaintext[..taken]);
-                let complete = data.len() == range.length as usize;
-                self.channel.consume(taken);
-                if complete {
+                if data.len() == range.length as usize {
                     self.write();
                 }
+                Ok(taken)
             }
             Receiving::Discard { left, .. } => {
                 let taken = plaintext.len().min(*left);
                 *left -= taken;
-                let complete = *left == 0;
-                self.channel.consume(taken);
-                if complete {
+                if *left == 0 {
                     self.refuse();
                 }
+                Ok(taken)
             }
-            Receiving::Waiting { .. } | Receiving::Over(_) => {}
+            Receiving::Waiting { .. } | Receiving::Over(_) => Ok(0),
         }
-        Ok(())
     }
 
     /// Checks a request, once and for all.
@@ -78,7 +134,7 @@ impl Session {
             checked => checked,
         };
         match checked {
-            Ok(request) => self.begin(raw.cookie, request)?,
+            Ok(request) => self.begin(raw.cookie, request),
             Err(errno) => {
                 self.receiving = Receiving::Discard {
                     cookie: raw.cookie,
@@ -111,8 +167,20 @@ impl Session {
         }
     }
 
-    /// Starts a request, or has it wait for memory.
-    pub(super) fn begin(&mut self, cookie: Cookie, request: Request) -> Result<(), ChannelError> {
+    /// Carries out a request at once, or waits for its payload, or for memory.
+    fn begin(&mut self, cookie: Cookie, request: Request) {
+        self.receiving = Receiving::START;
+        match request {
+            Request::Read { range, whole } if self.read_now(cookie, range, whole) => {}
+            Request::Write { range, fua } if range.length > 0 => {
+                self.receiving = Receiving::Write { cookie, range, fua };
+            }
+            _ => self.grant(cookie, request),
+        }
+    }
+
+    /// Gives a request its memory and starts it, or has it wait.
+    fn grant(&mut self, cookie: Cookie, request: Request) {
         let needed = match request {
             Request::Read { range, .. } | Request::Write { range, .. } => range.length as usize,
             Request::BlockStatus { one: false, .. } => 8 * EXTENTS,
@@ -120,84 +188,95 @@ impl Session {
         };
         let Some(permit) = self.account.take(needed) else {
             self.receiving = Receiving::Waiting { cookie, request };
-            return Ok(());
+            return;
         };
         self.receiving = Receiving::START;
         match request {
             Request::Write { range, .. } => {
+                let mut data = std::mem::take(&mut self.spare);
+                data.reserve_exact(needed);
                 self.receiving = Receiving::Payload {
                     cookie,
                     request,
                     range,
-                    data: Vec::with_capacity(needed),
+                    data,
                     permit,
                 };
                 if range.length == 0 {
                     self.write();
                 }
             }
-            Request::Read { range, .. } if self.read_now(cookie, range)? => {}
             _ => self.hand_out(cookie, request, Vec::new(), permit),
         }
-        Ok(())
     }
 
-    /// Answers a short READ from the page cache, in one chunk, whether or not DF asks for that.
-    fn read_now(&mut self, cookie: Cookie, range: Range) -> Result<bool, ChannelError> {
+    /// Answers a READ from the page cache, in one chunk, whether or not DF asks for that (`whole`).
+    fn read_now(&mut self, cookie: Cookie, range: Range, whole: bool) -> bool {
         let length = range.length as usize;
         if range.length > SHORT || length == 0 {
-            return Ok(false);
+            return false;
         }
-        if self.scratch.len() < length {
-            self.scratch.resize(length, 0);
-        }
-        let data = &mut self.scratch[..length];
+        let header = if self.style.structured {
+            reply::OFFSET_LENGTH
+        } else {
+            reply::SIMPLE_LENGTH
+        };
+        // It is read to where it will be encrypted from.
+        let (head, data) = self.outgoing.room(header + length).split_at_mut(header);
         if !self.service.store.read_now(range.offset, data) {
-            return Ok(false);
+            return false;
         }
         let counters = &self.presence.export.counters;
         count(&counters.reads, &counters.read_bytes, range.length);
-        let header = if self.style.structured {
-            reply::offset_data(cookie, true, range.offset, range.length).to_vec()
-        } else {
-            reply::simple(cookie, Errno::OK).to_vec()
-        };
-        let mut encrypted = 0;
-        if self.outgoing.is_empty() {
-            let whole = [IoSlice::new(&header), IoSlice::new(data)];
-            encrypted = self.channel.encrypt(&whole)?;
-        }
-        let header_left = header.get(encrypted..).unwrap_or_default().to_vec();
-        let data_left = &data[encrypted.saturating_sub(header.len())..];
-        if !data_left.is_empty() {
+        if !self.style.structured {
+            head.copy_from_slice(&reply::simple(cookie, Errno::OK));
+        } else if !whole && range.length >= WORTHWHILE && is_zero(data) {
+            let hole = reply::offset_hole(cookie, true, range.offset, range.length);
             self.outgoing.push(Reply {
-                parts: vec![header_left, data_left.to_vec()],
+                bytes: hole,
                 _permit: None,
             });
+            return true;
+        } else {
+            let chunk = reply::offset_data(cookie, true, range.offset, range.length);
+            head.copy_from_slice(&chunk);
         }
-        Ok(true)
+        self.outgoing.stage(header + length);
+        true
     }
 
-    /// Carries out a WRITE whose payload is complete.
+    /// Carries out a WRITE whose payload is complete, if that takes no worker; whether it did.
+    fn write_now(&mut self, cookie: Cookie, range: Range, fua: bool, data: &[u8]) -> bool {
+        if fua || range.length > SHORT {
+            return false;
+        }
+        if self.service.store.write_now(range.offset, data).is_none() {
+            return false;
+        }
+        let counters = &self.presence.export.counters;
+        count(&counters.writes, &counters.written_bytes, range.length);
+        self.outgoing
+            .push(Reply::status(&self.style, cookie, Ok(())));
+        true
+    }
+
+    /// Carries out a WRITE whose payload was put together.
     fn write(&mut self) {
         let complete = std::mem::replace(&mut self.receiving, Receiving::START);
         let Receiving::Payload {
             cookie,
             request,
             range,
-            data,
+            mut data,
             permit,
         } = complete
         else {
             return;
         };
         let fua = matches!(request, Request::Write { fua: true, .. });
-        let store = &self.service.store;
-        if !fua && range.length <= SHORT && store.write_now(range.offset, &data).is_some() {
-            let counters = &self.presence.export.counters;
-            count(&counters.writes, &counters.written_bytes, range.length);
-            self.outgoing
-                .push(Reply::status(&self.style, cookie, Ok(())));
+        if self.write_now(cookie, range, fua, &data) {
+            data.clear();
+            self.spare = data;
             return;
         }
         self.hand_out(cookie, request, data, permit);
@@ -222,5 +301,27 @@ impl Session {
         self.service
             .workers
             .submit(move || pending.perform(&service, request, data));
+    }
+}
+
+/// Whether all bytes are zero. That is known early where they are not.
+fn is_zero(data: &[u8]) -> bool {
+    data.chunks(512)
+        .all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_single_byte_makes_a_range_no_hole() {
+        let mut data = vec![0; 5000];
+        assert!(is_zero(&data));
+        for place in [0, 511, 512, 4999] {
+            data[place] = 1;
+            assert!(!is_zero(&data), "{place}");
+            data[place] = 0;
+        }
     }
 }
