@@ -10,6 +10,7 @@
 )]
 
 mod conformity;
+mod documents;
 mod generated;
 mod rights;
 mod tool;

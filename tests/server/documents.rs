@@ -88,7 +88,7 @@ fn every_rule_of_the_protocol_has_a_row_and_its_tests_exist() {
 #[test]
 fn every_option_is_in_the_parameters_and_none_besides() {
     let document = document("parameters.md");
-    for role in ["serve", "standalone", "demo"] {
+    for role in ["serve", "standalone", "demo", "controller", "node", "agent"] {
         let help = Command::new(env!("CARGO_BIN_EXE_hawser"))
             .args([role, "--help"])
             .output()
