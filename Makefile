@@ -35,6 +35,11 @@ verify peers kernel:
 	$(install) $@
 	cargo test --locked --test $@
 
+# A real cluster, in namespaces of its own; as root.
+e2e:
+	$(install) e2e
+	cargo test --locked --test cluster
+
 # A part of the kernel tier, for its volumes are on kernel devices.
 sanity:
 	$(install) kernel

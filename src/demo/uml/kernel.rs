@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use super::Error;
 
@@ -58,6 +59,24 @@ impl Kernel {
             modules,
             version,
         })
+    }
+
+    /// The kernel as a process that is yet without arguments; its dynamic linker may depend on the folder it is started in.
+    #[must_use]
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(&self.linux);
+        if let Some(directory) = &self.libraries {
+            command
+                .current_dir(directory)
+                .env("LD_LIBRARY_PATH", directory);
+        }
+        command
+    }
+
+    /// The folder of its modules, as `/lib/modules` has one.
+    #[must_use]
+    pub fn modules(&self) -> &Path {
+        &self.modules
     }
 
     /// As `uname -r` says it.

@@ -1,0 +1,37 @@
+//! Outside: gives the test its own namespaces.
+
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, ensure};
+
+pub(crate) const INSIDE: &str = "--inside";
+
+/// Becomes the same executable in new network, mount and PID namespaces.
+pub(crate) fn main(arguments: &[String]) -> Result<ExitCode> {
+    if arguments.iter().any(|argument| argument == "--list") {
+        for scenario in super::scenarios::all() {
+            println!("{}", scenario.name);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "this tier needs root, for a network namespace with a bridge and taps in it: run `make e2e` as root"
+    );
+    let error = Command::new("unshare")
+        .args([
+            "--net",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "--",
+        ])
+        .arg(std::env::current_exe().context("which executable is this?")?)
+        .arg(INSIDE)
+        .args(arguments)
+        .exec();
+    Err(error).context("running unshare: install util-linux")
+}

@@ -1,0 +1,162 @@
+//! What a person does with kubectl, and waiting for what comes of it.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::process::output;
+use super::tools::Tools;
+use super::until;
+
+/// For anything that the cluster does by itself; a node has one slow processor.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
+
+/// kubectl in one namespace.
+#[derive(Debug, Clone)]
+pub(crate) struct Kubectl {
+    tools: Tools,
+    kubeconfig: PathBuf,
+    pub(crate) namespace: String,
+}
+
+impl Kubectl {
+    pub(crate) fn new(tools: &Tools, kubeconfig: PathBuf) -> Self {
+        Self {
+            tools: tools.clone(),
+            kubeconfig,
+            namespace: "default".to_owned(),
+        }
+    }
+
+    pub(crate) fn in_namespace(&self, namespace: &str) -> Self {
+        Self {
+            namespace: namespace.to_owned(),
+            ..self.clone()
+        }
+    }
+
+    /// A new namespace whose pods may do anything.
+    pub(crate) fn create_namespace(&self, namespace: &str) -> Result<Self> {
+        self.run(&["create", "namespace", namespace])?;
+        Ok(self.in_namespace(namespace))
+    }
+
+    pub(crate) fn command(&self) -> Command {
+        let mut command = self.tools.kubernetes("kubectl");
+        command
+            .env("KUBECONFIG", &self.kubeconfig)
+            .arg(format!("--namespace={}", self.namespace));
+        command
+    }
+
+    pub(crate) fn helm(&self) -> Command {
+        let mut command = self.tools.kubernetes("helm");
+        command
+            .env("KUBECONFIG", &self.kubeconfig)
+            .arg(format!("--namespace={}", self.namespace));
+        command
+    }
+
+    pub(crate) fn run(&self, arguments: &[&str]) -> Result<String> {
+        output(self.command().args(arguments))
+    }
+
+    pub(crate) fn apply(&self, manifests: &str) -> Result<()> {
+        let mut child = self
+            .command()
+            .args(["apply", "--server-side", "-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("running kubectl")?;
+        child
+            .stdin
+            .take()
+            .context("no pipe")?
+            .write_all(manifests.as_bytes())?;
+        let result = child.wait_with_output()?;
+        ensure!(
+            result.status.success(),
+            "kubectl apply: {}\n{manifests}",
+            String::from_utf8_lossy(&result.stderr)
+        );
+        Ok(())
+    }
+
+    /// An object, or None where there is none.
+    pub(crate) fn object(&self, kind: &str, name: &str) -> Result<Option<Value>> {
+        let text = self.run(&["get", kind, name, "--ignore-not-found", "-o", "json"])?;
+        if text.trim().is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(serde_json::from_str(&text)?))
+    }
+
+    /// All objects of a kind, with a selector of labels that may be empty.
+    pub(crate) fn objects(&self, kind: &str, selector: &str) -> Result<Vec<Value>> {
+        let text = self.run(&["get", kind, "--selector", selector, "-o", "json"])?;
+        let mut list: Value = serde_json::from_str(&text)?;
+        match list["items"].take() {
+            Value::Array(items) => Ok(items),
+            other => anyhow::bail!("kubectl get {kind} said {other}"),
+        }
+    }
+
+    /// Waits until an object is as wanted; its absence is not.
+    pub(crate) fn until(
+        &self,
+        kind: &str,
+        name: &str,
+        what: &str,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        until(&format!("{kind} {name} {what}"), PATIENCE, || {
+            Ok(self.object(kind, name)?.filter(&wanted))
+        })
+    }
+
+    pub(crate) fn until_gone(&self, kind: &str, name: &str) -> Result<()> {
+        until(&format!("{kind} {name} is gone"), PATIENCE, || {
+            Ok(self.object(kind, name)?.is_none().then_some(()))
+        })
+    }
+
+    pub(crate) fn until_pod_ready(&self, name: &str) -> Result<Value> {
+        self.until("pod", name, "is ready", is_ready)
+    }
+
+    /// Waits until as many pods as said are ready, and no others are there.
+    pub(crate) fn until_pods_ready(&self, selector: &str, count: usize) -> Result<Vec<Value>> {
+        until(
+            &format!("{count} pods with {selector} are ready"),
+            PATIENCE,
+            || {
+                let pods = self.objects("pods", selector)?;
+                Ok((pods.len() == count && pods.iter().all(is_ready)).then_some(pods))
+            },
+        )
+    }
+
+    /// What a command in a pod prints.
+    pub(crate) fn exec(&self, pod: &str, script: &str) -> Result<String> {
+        self.run(&["exec", pod, "--", "/bin/sh", "-c", script])
+    }
+
+    pub(crate) fn delete(&self, kind: &str, name: &str) -> Result<()> {
+        self.run(&["delete", kind, name, "--wait=false"]).map(drop)
+    }
+}
+
+/// Whether a pod's or a node's condition Ready is true, and it is not being deleted.
+pub(crate) fn is_ready(object: &Value) -> bool {
+    let ready = |condition: &Value| condition["type"] == "Ready" && condition["status"] == "True";
+    object["metadata"]["deletionTimestamp"].is_null()
+        && object["status"]["conditions"]
+            .as_array()
+            .is_some_and(|conditions| conditions.iter().any(ready))
+}
