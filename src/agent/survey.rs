@@ -112,12 +112,8 @@ impl Agent {
                 "{} volumes are kept that no NbdVolume names; make their NbdVolumes again, or delete their directories",
                 orphans.len()
             );
-            tracing::warn!(
-                pool = name,
-                ?orphans,
-                "volumes that no NbdVolume names are kept"
-            );
         }
+        self.tell_orphans(name, &orphans);
         if !is_selected {
             message = format!("the node is not selected any more, and keeps {volumes} volumes");
         }
@@ -154,9 +150,9 @@ impl Agent {
             .told_orphans
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if told.get(pool).map(Vec::as_slice) != Some(orphans) {
+        let before = told.insert(pool.to_owned(), orphans.to_vec());
+        if !orphans.is_empty() && before.as_deref() != Some(orphans) {
             tracing::warn!(pool, ?orphans, "volumes that no NbdVolume names are kept");
-            told.insert(pool.to_owned(), orphans.to_vec());
         }
     }
 }

@@ -38,15 +38,6 @@ impl Wire {
         Ok(())
     }
 
-    /// Whether the connection ends here, without another byte.
-    pub(super) fn ends(&mut self) -> Result<bool, Reason> {
-        match self.read(&mut [0]) {
-            Ok(count) => Ok(count == 0),
-            Err(Reason::Io(error)) if is_gone(&error) => Ok(true),
-            Err(reason) => Err(reason),
-        }
-    }
-
     pub(super) fn write_all(&mut self, mut bytes: &[u8]) -> Result<(), Reason> {
         while !bytes.is_empty() {
             let left = self.left()?;

@@ -14,6 +14,10 @@
 //!
 //! `status.format` is never applied: a manager that applies without a field it alone owns removes that field, and a
 //! volume without its format would be formatted again.
+#![allow(
+    clippy::duplicated_attributes,
+    reason = "columns of a table may have the same type"
+)]
 
 #[allow(
     unreachable_pub,
