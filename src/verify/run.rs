@@ -178,9 +178,8 @@ pub fn run(
     let mut writing = Vec::new();
     let mut intruding = Vec::new();
     for check in checks {
-        let verdict = selection
-            .allows(check)
-            .and_then(|()| fits(check, server, &summary, blocked.as_deref()));
+        let verdict = fits(check, server, &summary, blocked.as_deref())
+            .and_then(|()| selection.allows(check));
         match (verdict, check.needs) {
             (Err(outcome), _) => results.push(run.over(check, outcome, Duration::ZERO)),
             (Ok(()), Needs::Nothing) => reading.push(check),
@@ -222,7 +221,11 @@ fn fits(
     if check.scope == Scope::Always {
         return Ok(());
     }
-    if !newstyle {
+    let greets = summary
+        .features
+        .handshake_flags
+        .is_some_and(|flags| flags & 1 != 0);
+    if !newstyle && !(greets && check.scope == Scope::Newstyle) {
         return not_run(&summary.evidence);
     }
     let has_tls = mode != Mode::NoTls;

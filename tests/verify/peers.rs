@@ -148,7 +148,7 @@ fn hawser_serve_has_no_finding() {
         .arg(bench.directory.path())
         .arg("--file")
         .arg(bench.path("data"))
-        .args(["--export", EXPORT, "--client", CLIENT, "--tls12"])
+        .args(["--export", EXPORT, "--client", CLIENT])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();

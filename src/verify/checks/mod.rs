@@ -44,7 +44,6 @@ pub static CHECKS: &[&Check] = &[
     &certificates::EXPIRED_REFUSED,
     &certificates::OTHER_REFUSED,
     &versions::OLD_REFUSED,
-    &versions::TLS12,
     &versions::TLS13,
     &secured::SECOND_STARTTLS_REFUSED,
     &exports::OPENS,

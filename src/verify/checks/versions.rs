@@ -8,20 +8,6 @@ use crate::nbd::codec::wire_length;
 const SECTION: &str = "TLS versions";
 
 /// C28.
-pub(super) const TLS12: Check = Check {
-    id: "tls-1.2-spoken",
-    title: "TLS 1.2 is spoken, as the specification asks of everybody",
-    group: Group::Certificates,
-    section: SECTION,
-    severity: Severity::Style,
-    why: "Clients without TLS 1.3 cannot connect; on purpose, perhaps, for TLS 1.3 is the safer.",
-    rules: &[28],
-    scope: Scope::Secured,
-    question: tls12,
-    ..Check::USUAL
-};
-
-/// C28.
 pub(super) const TLS13: Check = Check {
     id: "tls-1.3-spoken",
     title: "TLS 1.3 is spoken",
@@ -50,38 +36,41 @@ pub(super) const OLD_REFUSED: Check = Check {
     ..Check::USUAL
 };
 
-fn tls12(subject: &Subject<'_>) -> Result<String, Stop> {
-    let (identity, _) = subject.credentials()?;
-    spoken(subject, identity.tls12.clone(), "TLS 1.2")
-}
-
 fn tls13(subject: &Subject<'_>) -> Result<String, Stop> {
     let (identity, _) = subject.credentials()?;
-    spoken(subject, identity.tls13.clone(), "TLS 1.3")
+    if let Some(refusal) = refusal(subject, identity.tls13.as_ref())? {
+        return Err(Stop::Finding(format!("TLS 1.3 only: {refusal}")));
+    }
+    Ok(match refusal(subject, identity.tls12.as_ref())? {
+        None => "TLS 1.2 and 1.3 are spoken".into(),
+        Some(_) => {
+            "it is spoken, and TLS 1.2 is not: stricter than the specification asks for".into()
+        }
+    })
 }
 
-fn spoken(
+/// Why the server does not speak the only version of this configuration; `None` where it does.
+fn refusal(
     subject: &Subject<'_>,
-    config: Option<std::sync::Arc<rustls::ClientConfig>>,
-    version: &str,
-) -> Result<String, Stop> {
+    config: Option<&std::sync::Arc<rustls::ClientConfig>>,
+) -> Result<Option<String>, Stop> {
     let config =
         config.ok_or_else(|| Stop::NotRun("the certificates were given for one version".into()))?;
     let (_, name) = subject.credentials()?;
     match subject
         .plaintext()
-        .and_then(|session| session.upgrade(config, name, &[]))
+        .and_then(|session| session.upgrade(config.clone(), name, &[]))
     {
         Ok(session) => {
             session.abort();
-            Ok(format!("{version} is spoken"))
+            Ok(None)
         }
         Err(failure)
             if failure.step == Step::Handshake
                 && (failure.is_end()
                     || matches!(*failure.reason, Reason::Tls(Error::PeerIncompatible(_)))) =>
         {
-            Err(Stop::Finding(format!("{version} only: {}", failure.reason)))
+            Ok(Some(failure.reason.to_string()))
         }
         Err(failure) => Err(failure.into()),
     }

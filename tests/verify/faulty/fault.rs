@@ -9,6 +9,7 @@ pub(crate) enum Fault {
     NoContexts,
     Selective,
     ReadOnly,
+    NoTls12,
     // The greeting.
     NotFixed,
     UnknownServerFlag,
@@ -52,7 +53,6 @@ pub(crate) enum Fault {
     OtherIdentity,
     OtherIdentityLists,
     OldTls,
-    NoTls12,
     NoTls13,
     // Options.
     OptionMagicIgnored,
