@@ -9,6 +9,7 @@
     reason = "a helper of a test that fails fails the test"
 )]
 
+mod arguments;
 mod conformity;
 mod documents;
 mod generated;
