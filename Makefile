@@ -5,7 +5,7 @@ export HAWSER_CACHE ?= $(HOME)/.cache/hawser
 install = @tests/support/install
 
 # What `make test` runs, in this order: what fails soonest comes first.
-TIERS = check deny fuzz csi server verify peers standalone kernel
+TIERS = check deny chart fuzz csi server verify peers standalone kernel
 
 .PHONY: test demo sanity figures bench $(TIERS)
 
@@ -22,6 +22,11 @@ check:
 deny:
 	$(install) deny
 	$(HAWSER_CACHE)/bin/cargo-deny --locked check bans licenses sources
+
+# The Helm chart: rendered, compared, and held against what the API server takes.
+chart:
+	$(install) chart
+	cargo test --locked --test chart
 
 fuzz:
 	$(install) build
