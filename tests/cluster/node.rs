@@ -41,6 +41,7 @@ pub(crate) struct Parts {
     pub(crate) shared: PathBuf,
     pub(crate) disks: PathBuf,
     pub(crate) logs: PathBuf,
+    pub(crate) images: PathBuf,
 }
 
 pub(crate) struct Node {
@@ -70,6 +71,7 @@ impl Parts {
             shared: work.join("node"),
             disks: work.join("disks"),
             logs: logs.to_owned(),
+            images: tools.images(),
             kernel,
         };
         fs::create_dir(&parts.shared)?;
@@ -78,12 +80,10 @@ impl Parts {
             fs::write(parts.shared.join(file), content)?;
         }
         fs::set_permissions(parts.shared.join("init"), fs::Permissions::from_mode(0o755))?;
-        let images = parts.shared.join("images");
-        fs::create_dir(&images)?;
-        bind(&tools.images(), &images)?;
         let modules = parts.root.join("lib/modules").join(parts.kernel.version());
         fs::create_dir_all(&modules)?;
         bind(parts.kernel.modules(), &modules)?;
+        // Nothing of the cache may be bound into the work folder: that is removed at the end, with all that is in it.
         bind(&parts.shared, &parts.root.join("node"))?;
         Ok(parts)
     }
@@ -145,6 +145,7 @@ impl Node {
             .arg(format!("peers={}", peers.join(",")))
             .arg(format!("share={}", self.parts.shared.display()))
             .arg(format!("logs={}", self.parts.logs.display()))
+            .arg(format!("images={}", self.parts.images.display()))
             .env("TMPDIR", "/dev/shm");
         self.machine = Some(Process::start(
             &format!("{}-console", self.name),
