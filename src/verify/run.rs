@@ -225,7 +225,7 @@ fn fits(
         .features
         .handshake_flags
         .is_some_and(|flags| flags & 1 != 0);
-    if !newstyle && !(greets && check.scope == Scope::Newstyle) {
+    if !(newstyle || greets && check.scope == Scope::Newstyle) {
         return not_run(&summary.evidence);
     }
     let has_tls = mode != Mode::NoTls;
