@@ -73,7 +73,7 @@ fn checks_have_ids_of_their_own_and_say_why() {
             check
                 .id
                 .chars()
-                .all(|c| c == '-' || c.is_ascii_lowercase() || c.is_ascii_digit()),
+                .all(|c| matches!(c, '-' | '.' | 'a'..='z' | '0'..='9')),
             "{}",
             check.id
         );
