@@ -10,6 +10,7 @@ mod attach;
 mod certificates;
 mod command;
 mod faulty;
+mod goldens;
 mod hostile;
 mod peers;
 mod planted;

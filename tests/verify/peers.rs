@@ -20,17 +20,17 @@ use tempfile::TempDir;
 
 const SERVER: &str = "volume.server.test";
 const CLIENT: &str = "volume.client.test";
-const EXPORT: &str = "volume";
+pub(crate) const EXPORT: &str = "volume";
 const SIZE: u64 = 64 << 20;
 
 /// Certificates under everybody's names for them, and a backing file with data and holes.
-struct Bench {
+pub(crate) struct Bench {
     directory: TempDir,
     client: Secret,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let authority = Authority::temporary().unwrap();
         let server = authority
@@ -58,11 +58,11 @@ impl Bench {
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    fn text(&self, name: &str) -> String {
+    pub(crate) fn text(&self, name: &str) -> String {
         self.path(name).display().to_string()
     }
 
@@ -76,7 +76,7 @@ impl Bench {
         }
     }
 
-    fn server(&self, address: SocketAddr) -> Server {
+    pub(crate) fn server(&self, address: SocketAddr) -> Server {
         Server {
             identity: Some(Identity::new(&self.client).unwrap()),
             ..Server::from(&self.target(address, Profile::Any))
@@ -120,7 +120,7 @@ impl Drop for Peer {
 
 impl Peer {
     /// Starts a server that is told its port, and waits until it listens.
-    fn start(command: &mut Command, address: SocketAddr) -> Self {
+    pub(crate) fn start(command: &mut Command, address: SocketAddr) -> Self {
         // They log each refusal that the battery provokes.
         command.stdin(Stdio::null()).stderr(Stdio::null());
         let mut peer = Self(command.spawn().unwrap());
@@ -134,7 +134,7 @@ impl Peer {
     }
 }
 
-fn free_address() -> SocketAddr {
+pub(crate) fn free_address() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap()
 }
@@ -183,7 +183,7 @@ fn hawser_serve_has_no_finding() {
     );
 }
 
-fn examine(server: &Server, selection: &Selection) -> Report {
+pub(crate) fn examine(server: &Server, selection: &Selection) -> Report {
     run(server, selection, &|_| {}, &Cancel::new())
 }
 
