@@ -481,7 +481,7 @@ impl Controller for ControllerService {
     ) -> Result<Response<csi::GetCapacityResponse>, Status> {
         let request = request.into_inner();
         request::map("parameters", &request.parameters)?;
-        let parameters = Parameters::parse(&request.parameters)?;
+        let parameters = Parameters::parse_class(&request.parameters)?;
         let asked = request.volume_capabilities;
         let minimum = match (!asked.is_empty()).then(|| capabilities(asked)) {
             // Nothing can be made with a capability that is not supported: no error, but no room.

@@ -56,6 +56,9 @@ pub(super) const FS_TYPE: &str = "csi.storage.k8s.io/fstype";
 pub(super) const URI: &str = "uri";
 const FORMAT: &str = "format";
 
+/// How the keys begin that csi-provisioner acts on; it refuses those that it does not know.
+const PROVISIONER: &str = "csi.storage.k8s.io/";
+
 /// What csi-provisioner adds to say for whom a volume is made (`--extra-create-metadata`). Nothing depends on it.
 const METADATA: [&str; 3] = [
     "csi.storage.k8s.io/pvc/name",
@@ -89,6 +92,13 @@ impl Parameters {
     /// Takes CreateVolume's `parameters`, in which every key must be known.
     pub(super) fn parse(map: &HashMap<String, String>) -> Result<Self, Status> {
         Self::read(map, Source::Class)
+            .map_err(|problems| invalid(format!("parameters: {problems}")))
+    }
+
+    /// Takes GetCapacity's `parameters`. csi-provisioner gives CreateVolume what is left of a StorageClass without the
+    /// keys that it acts on itself, the Secrets' names among them; GetCapacity gets the whole.
+    pub(super) fn parse_class(map: &HashMap<String, String>) -> Result<Self, Status> {
+        Self::read(map, Source::WholeClass)
             .map_err(|problems| invalid(format!("parameters: {problems}")))
     }
 
@@ -193,6 +203,8 @@ impl Parameters {
 enum Source {
     /// CreateVolume's `parameters`.
     Class,
+    /// GetCapacity's `parameters`.
+    WholeClass,
     /// A `volume_context`.
     Volume,
 }
@@ -202,6 +214,7 @@ impl Source {
     fn passes(self, key: &str) -> bool {
         match self {
             Self::Class => METADATA.contains(&key),
+            Self::WholeClass => key.starts_with(PROVISIONER),
             Self::Volume => KUBERNETES.iter().any(|prefix| key.starts_with(prefix)),
         }
     }

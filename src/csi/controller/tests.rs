@@ -483,8 +483,11 @@ async fn capabilities_are_confirmed_or_the_reason_is_told() {
 async fn capacity_is_told_for_what_can_be_made() {
     let service = service();
     let ask = |volume_capabilities| {
+        // csi-provisioner asks with the StorageClass as it is.
+        let secret = "csi.storage.k8s.io/node-stage-secret-name";
         service.get_capacity(Request::new(csi::GetCapacityRequest {
             volume_capabilities,
+            parameters: HashMap::from([(secret.to_owned(), "${pv.name}-hawser-client".to_owned())]),
             ..csi::GetCapacityRequest::default()
         }))
     };
