@@ -68,7 +68,10 @@ fn helm(kubectl: &Kubectl, command: &[&str], tag: &str) -> Result<()> {
             .args(["hawser", "charts/hawser"])
             .args(["--set", &format!("image.registry={REGISTRY}")])
             .args(["--set", &format!("image.tag={tag}")])
-            .args(["--set", "image.pullPolicy=Never,log.level=debug"])
+            .args([
+                "--set",
+                r"image.pullPolicy=Never,log.level=info\,hawser=debug",
+            ])
             .args([
                 "--set",
                 &format!("pools[0].name=default,pools[0].directory={POOL}"),
