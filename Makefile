@@ -7,7 +7,7 @@ install = @tests/support/install
 # What `make test` runs, in this order: what fails soonest comes first.
 TIERS = check deny chart fuzz csi server verify peers standalone kernel
 
-.PHONY: test demo sanity figures bench $(TIERS)
+.PHONY: test demo sanity figures bench api $(TIERS)
 
 test:
 	@tests/support/tiers $(TIERS)
@@ -39,6 +39,11 @@ csi server standalone:
 verify peers kernel:
 	$(install) $@
 	cargo test --locked --test $@
+
+# The controller against a real API server alone: the agent and the kubelet are played.
+api:
+	$(install) e2e
+	cargo test --locked --test api
 
 # A real cluster, in namespaces of its own; as root.
 e2e:

@@ -7,6 +7,7 @@ mod parts;
 mod rules;
 mod scenarios;
 mod server;
+mod world;
 
 use std::future::Future;
 use std::pin::Pin;

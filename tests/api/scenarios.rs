@@ -1,15 +1,11 @@
 //! What the controller makes of CSI's calls, and of what happens to its objects.
 
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use hawser::kube::api::{NbdPool, NbdVolume, Phase, ZONE_KEY};
-use hawser::proto::csi::controller_client::ControllerClient;
-use hawser::proto::csi::volume_capability::{AccessType, BlockVolume};
-use hawser::proto::csi::{self, volume_capability};
-use hawser::proto::socket;
+use hawser::kube::api::{NbdVolume, Phase, ZONE_KEY};
+use hawser::proto::csi;
 use hawser::volumes::VolumeId;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::coordination::v1::Lease;
@@ -17,199 +13,12 @@ use k8s_openapi::api::core::v1::{Pod, Secret};
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use serde_json::json;
-use tokio::task::JoinHandle;
 use tonic::Code;
-use tonic::transport::Channel;
 
-use crate::parts::{Agent, kubelet, report};
-use crate::server::{ApiServer, Process};
+use crate::parts::report;
+use crate::server::ApiServer;
 use crate::until;
-
-const SOON: Duration = Duration::from_secs(30);
-const GIB: u64 = 1 << 30;
-
-/// A controller's process and a connection to it.
-struct Controller {
-    process: Process,
-    csi: ControllerClient<Channel>,
-    log: PathBuf,
-}
-
-impl Controller {
-    async fn start(
-        server: &ApiServer,
-        folder: &std::path::Path,
-        namespace: &str,
-        name: &str,
-    ) -> Result<Self> {
-        let path = folder.join(format!("{name}.sock"));
-        let log = folder.join(format!("{name}.log"));
-        let process = Process::start(
-            &log,
-            Command::new(env!("CARGO_BIN_EXE_hawser"))
-                .args([
-                    "controller",
-                    "--image=hawser:test",
-                    "--lease=hawser-controller",
-                ])
-                .arg(format!("--endpoint=unix://{}", path.display()))
-                .arg(format!("--namespace={namespace}"))
-                .arg(format!("--name={name}"))
-                .env("KUBECONFIG", &server.kubeconfig),
-        )?;
-        let channel = until("the controller answers", SOON, async || {
-            Ok(socket::connect(&path).await.ok())
-        })
-        .await
-        .with_context(|| std::fs::read_to_string(&log).unwrap_or_default())?;
-        Ok(Self {
-            process,
-            csi: ControllerClient::new(channel),
-            log,
-        })
-    }
-
-    fn told(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap_or_default()
-    }
-}
-
-/// A namespace with a pool on node-1, an agent, a kubelet and a controller.
-struct World<'a> {
-    server: &'a ApiServer,
-    namespace: String,
-    folder: tempfile::TempDir,
-    agent: Agent,
-    kubelet: JoinHandle<()>,
-    controller: Controller,
-}
-
-impl Drop for World<'_> {
-    fn drop(&mut self) {
-        self.kubelet.abort();
-    }
-}
-
-impl<'a> World<'a> {
-    async fn new(server: &'a ApiServer, namespace: &str) -> Result<Self> {
-        make_pool(server, namespace, "Everywhere").await?;
-        report(&server.client, namespace, "node-1", 100 * GIB).await?;
-        let folder = tempfile::tempdir()?;
-        let controller = Controller::start(server, folder.path(), namespace, "a").await?;
-        Ok(Self {
-            server,
-            namespace: namespace.to_owned(),
-            folder,
-            agent: Agent::start(server.client.clone(), namespace),
-            kubelet: kubelet(server.client.clone(), namespace),
-            controller,
-        })
-    }
-
-    fn api<K>(&self) -> Api<K>
-    where
-        K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
-    {
-        Api::namespaced(self.server.client.clone(), &self.namespace)
-    }
-
-    fn wanted(&self, name: &str) -> csi::CreateVolumeRequest {
-        csi::CreateVolumeRequest {
-            name: name.to_owned(),
-            capacity_range: Some(csi::CapacityRange {
-                required_bytes: GIB as i64,
-                limit_bytes: 0,
-            }),
-            volume_capabilities: vec![capability()],
-            parameters: [("pool".to_owned(), self.namespace.clone())].into(),
-            ..csi::CreateVolumeRequest::default()
-        }
-    }
-
-    /// Creates as csi-provisioner does: again and again.
-    async fn create(&mut self, name: &str) -> Result<csi::Volume> {
-        let wanted = self.wanted(name);
-        let client = self.controller.csi.clone();
-        let made = until("the volume is made", SOON, async || {
-            match client.clone().create_volume(wanted.clone()).await {
-                Ok(made) => Ok(made.into_inner().volume),
-                Err(status) if matches!(status.code(), Code::Unavailable | Code::Aborted) => {
-                    Ok(None)
-                }
-                Err(status) => bail!("{status}"),
-            }
-        });
-        made.await.with_context(|| self.controller.told())
-    }
-
-    async fn publish(&mut self, id: &str, node: &str) -> Result<String, tonic::Status> {
-        let request = csi::ControllerPublishVolumeRequest {
-            volume_id: id.to_owned(),
-            node_id: node.to_owned(),
-            volume_capability: Some(capability()),
-            ..csi::ControllerPublishVolumeRequest::default()
-        };
-        let published = self
-            .controller
-            .csi
-            .controller_publish_volume(request)
-            .await?;
-        Ok(published.into_inner().publish_context["attachment"].clone())
-    }
-
-    async fn unpublish(&mut self, id: &str, node: &str) -> Result<(), tonic::Status> {
-        let request = csi::ControllerUnpublishVolumeRequest {
-            volume_id: id.to_owned(),
-            node_id: node.to_owned(),
-            ..csi::ControllerUnpublishVolumeRequest::default()
-        };
-        self.controller
-            .csi
-            .controller_unpublish_volume(request)
-            .await?;
-        Ok(())
-    }
-
-    async fn delete(&mut self, id: &str) -> Result<(), tonic::Status> {
-        let request = csi::DeleteVolumeRequest {
-            volume_id: id.to_owned(),
-            ..csi::DeleteVolumeRequest::default()
-        };
-        self.controller.csi.delete_volume(request).await?;
-        Ok(())
-    }
-
-    async fn ready(&self, id: &str) -> Result<NbdVolume> {
-        let api: Api<NbdVolume> = self.api();
-        until("the volume is ready", SOON, async || {
-            let volume = api.get(id).await?;
-            let phase = volume.status.as_ref().and_then(|status| status.phase);
-            Ok((phase == Some(Phase::Ready)).then_some(volume))
-        })
-        .await
-        .with_context(|| self.controller.told())
-    }
-}
-
-async fn make_pool(server: &ApiServer, name: &str, reachable: &str) -> Result<()> {
-    let pools: Api<NbdPool> = Api::all(server.client.clone());
-    let pool = serde_json::from_value(json!({
-        "apiVersion": "hawser.dev/v1alpha1", "kind": "NbdPool", "metadata": { "name": name },
-        "spec": { "backend": { "directory": { "path": "/var/lib/hawser" } }, "reachable": reachable },
-    }))?;
-    pools.create(&PostParams::default(), &pool).await?;
-    Ok(())
-}
-
-fn capability() -> csi::VolumeCapability {
-    use volume_capability::access_mode::Mode;
-    csi::VolumeCapability {
-        access_mode: Some(volume_capability::AccessMode {
-            mode: Mode::SingleNodeSingleWriter.into(),
-        }),
-        access_type: Some(AccessType::Block(BlockVolume {})),
-    }
-}
+use crate::world::{Controller, GIB, SOON, World, make_pool, refusal};
 
 pub(crate) async fn a_volume_lives_and_goes(server: &ApiServer, namespace: &str) -> Result<()> {
     let mut world = World::new(server, namespace).await?;
@@ -224,12 +33,7 @@ pub(crate) async fn a_volume_lives_and_goes(server: &ApiServer, namespace: &str)
         required_bytes: 2 << 30,
         limit_bytes: 0,
     });
-    let refused = world
-        .controller
-        .csi
-        .create_volume(larger)
-        .await
-        .unwrap_err();
+    let refused = refusal(world.controller.csi.create_volume(larger).await)?;
     ensure!(refused.code() == Code::AlreadyExists, "{refused}");
 
     let volume = world.ready(&id).await?;
@@ -256,13 +60,13 @@ pub(crate) async fn a_volume_lives_and_goes(server: &ApiServer, namespace: &str)
         .context("no pod")?;
     ensure!(spec.automount_service_account_token == Some(false));
 
-    let refused = world.publish(&id, "node-9").await.unwrap_err();
+    let refused = refusal(world.publish(&id, "node-9").await)?;
     ensure!(refused.code() == Code::NotFound, "{refused}");
     let attachment = world.publish(&id, "node-2").await?;
     ensure!(world.publish(&id, "node-2").await? == attachment);
-    let refused = world.publish(&id, "node-1").await.unwrap_err();
+    let refused = refusal(world.publish(&id, "node-1").await)?;
     ensure!(refused.code() == Code::FailedPrecondition, "{refused}");
-    let refused = world.delete(&id).await.unwrap_err();
+    let refused = refusal(world.delete(&id).await)?;
     ensure!(refused.code() == Code::FailedPrecondition, "{refused}");
     until("kubectl shows who has it", SOON, async || {
         let volume = world.api::<NbdVolume>().get(&id).await?;
@@ -320,7 +124,7 @@ pub(crate) async fn a_detachment_waits_for_the_agents_mark(
     world.ready(&id).await?;
     let attachment = world.publish(&id, "node-1").await?;
     world.agent.sleeps(true);
-    let refused = world.unpublish(&id, "node-1").await.unwrap_err();
+    let refused = refusal(world.unpublish(&id, "node-1").await)?;
     ensure!(refused.code() == Code::Unavailable, "{refused}");
     ensure!(
         refused.message().contains("agent on node node-1"),
@@ -331,10 +135,10 @@ pub(crate) async fn a_detachment_waits_for_the_agents_mark(
     let forget = Patch::Merge(json!({ "status": { "attachments": [] } }));
     api.patch_status(&id, &PatchParams::default(), &forget)
         .await?;
-    let refused = world.unpublish(&id, "node-1").await.unwrap_err();
+    let refused = refusal(world.unpublish(&id, "node-1").await)?;
     ensure!(refused.code() == Code::Unavailable, "{refused}");
     // Nor may anybody else come meanwhile.
-    let refused = world.publish(&id, "node-2").await.unwrap_err();
+    let refused = refusal(world.publish(&id, "node-2").await)?;
     ensure!(refused.code() == Code::Unavailable, "{refused}");
     world.agent.sleeps(false);
     world.unpublish(&id, "node-1").await?;
@@ -342,9 +146,9 @@ pub(crate) async fn a_detachment_waits_for_the_agents_mark(
     // One that was never confirmed as allowed is revoked all the same.
     world.unpublish(&id, "node-2").await?;
     world.agent.sleeps(true);
-    let refused = world.publish(&id, "node-1").await.unwrap_err();
+    let refused = refusal(world.publish(&id, "node-1").await)?;
     ensure!(refused.code() == Code::Unavailable, "{refused}");
-    let refused = world.unpublish(&id, "node-1").await.unwrap_err();
+    let refused = refusal(world.unpublish(&id, "node-1").await)?;
     ensure!(refused.code() == Code::Unavailable, "{refused}");
     ensure!(!api.get(&id).await?.spec.attachments.is_empty());
     world.agent.sleeps(false);
@@ -573,33 +377,18 @@ pub(crate) async fn volumes_go_where_there_is_room_and_reach(
         required_bytes: 11 << 30,
         limit_bytes: 0,
     });
-    let refused = world
-        .controller
-        .csi
-        .create_volume(wanted.clone())
-        .await
-        .unwrap_err();
+    let refused = refusal(world.controller.csi.create_volume(wanted.clone()).await)?;
     ensure!(refused.code() == Code::ResourceExhausted, "{refused}");
     wanted
         .parameters
         .insert("pool".to_owned(), "nowhere".to_owned());
-    let refused = world
-        .controller
-        .csi
-        .create_volume(wanted.clone())
-        .await
-        .unwrap_err();
+    let refused = refusal(world.controller.csi.create_volume(wanted.clone()).await)?;
     ensure!(
         refused.code() == Code::InvalidArgument && refused.message().contains(&zoned),
         "{refused}"
     );
     wanted.parameters.remove("pool");
-    let refused = world
-        .controller
-        .csi
-        .create_volume(wanted)
-        .await
-        .unwrap_err();
+    let refused = refusal(world.controller.csi.create_volume(wanted).await)?;
     ensure!(refused.message().contains("several"), "{refused}");
     Ok(())
 }

@@ -340,3 +340,155 @@ pub(super) fn look(pod: Option<&Pod>, port: u16) -> Server {
     };
     away("NotReady", format!("pod {name}: {}", message.trim_end()))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn volume() -> NbdVolume {
+        let volume = json!({
+            "apiVersion": "hawser.dev/v1alpha1", "kind": "NbdVolume",
+            "metadata": { "name": "vol-1", "namespace": "storage", "uid": "1" },
+            "spec": { "name": "pvc-1", "sizeBytes": 4096, "pool": "p", "node": "n", "content": "block" },
+        });
+        serde_json::from_value(volume).unwrap()
+    }
+
+    fn set(spec: Value, pods: &ServerPods) -> Value {
+        let mut pool = json!({
+            "apiVersion": "hawser.dev/v1alpha1", "kind": "NbdPool", "metadata": { "name": "p" },
+            "spec": { "backend": { "directory": { "path": "/pool" } } },
+        });
+        for (key, value) in spec.as_object().unwrap() {
+            pool["spec"][key] = value.clone();
+        }
+        let pool = serde_json::from_value(pool).unwrap();
+        serde_json::to_value(stateful_set(
+            &volume(),
+            &pool,
+            "vol-1-server",
+            "hawser:1",
+            pods,
+        ))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_server_may_do_nothing_but_serve_its_volume() {
+        let set = set(json!({}), &ServerPods::default());
+        let pod = &set["spec"]["template"]["spec"];
+        let container = &pod["containers"][0];
+        for (found, expected) in [
+            (&pod["automountServiceAccountToken"], json!(false)),
+            (&pod["hostNetwork"], Value::Null),
+            (&pod["securityContext"]["runAsNonRoot"], json!(true)),
+            (&pod["securityContext"]["runAsUser"], json!(65532)),
+            (
+                &pod["securityContext"]["seccompProfile"]["type"],
+                json!("RuntimeDefault"),
+            ),
+            (
+                &container["securityContext"]["readOnlyRootFilesystem"],
+                json!(true),
+            ),
+            (
+                &container["securityContext"]["allowPrivilegeEscalation"],
+                json!(false),
+            ),
+            (
+                &container["securityContext"]["capabilities"],
+                json!({ "drop": ["ALL"] }),
+            ),
+            (
+                &pod["volumes"],
+                json!([
+                    { "name": "volume", "hostPath": { "path": "/pool/volumes/vol-1", "type": "Directory" } },
+                    { "name": "certificates", "secret": { "secretName": "vol-1-server", "defaultMode": 0o440 } },
+                ]),
+            ),
+            (&set["spec"]["updateStrategy"]["type"], json!("OnDelete")),
+            (&set["spec"]["replicas"], json!(1)),
+            (&set["metadata"]["ownerReferences"][0]["uid"], json!("1")),
+        ] {
+            assert_eq!(*found, expected);
+        }
+        let affinity =
+            &pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"];
+        let field = &affinity["nodeSelectorTerms"][0]["matchFields"][0];
+        assert_eq!(
+            (&field["key"], &field["values"]),
+            (&json!("metadata.name"), &json!(["n"]))
+        );
+    }
+
+    #[test]
+    fn what_users_set_is_there_and_what_they_must_not_is_not() {
+        let pods: ServerPods = serde_json::from_value(json!({
+            "labels": { "team": "a", "hawser.dev/volume": "other" },
+            "priorityClassName": "high", "serviceAccountName": "hawser-server", "logLevel": "debug",
+        }))
+        .unwrap();
+        let set = set(json!({ "hostNetwork": true }), &pods);
+        let template = &set["spec"]["template"];
+        assert_eq!(template["metadata"]["labels"]["team"], json!("a"));
+        assert_eq!(template["metadata"]["labels"][VOLUME_LABEL], json!("vol-1"));
+        assert_eq!(template["spec"]["priorityClassName"], json!("high"));
+        assert_eq!(template["spec"]["hostNetwork"], json!(true));
+        let arguments = template["spec"]["containers"][0]["args"]
+            .as_array()
+            .unwrap();
+        assert!(arguments.contains(&json!("--log=debug")));
+        assert!(serde_json::from_value::<ServerPods>(json!({ "privileged": true })).is_err());
+    }
+
+    #[test]
+    fn a_pod_listens_when_it_is_ready_and_else_says_why_not() {
+        let pod = |status: Value| -> Pod {
+            let pod = json!({ "metadata": { "name": "vol-1-0" }, "status": status });
+            serde_json::from_value(pod).unwrap()
+        };
+        let container = |ready: bool, state: Value| {
+            json!({ "podIP": "10.0.0.1", "containerStatuses": [{
+                "name": "server", "ready": ready, "restartCount": 1, "image": "", "imageID": "", "state": state,
+            }]})
+        };
+        let ready = pod(container(true, json!({ "running": {} })));
+        assert_eq!(
+            look(Some(&ready), 7),
+            Server::Listening(([10, 0, 0, 1], 7).into())
+        );
+        let unscheduled = json!({ "conditions": [
+            { "type": "PodScheduled", "status": "False", "message": "0/2 nodes are available" },
+        ]});
+        for (status, told) in [
+            (
+                container(
+                    false,
+                    json!({ "waiting": { "reason": "ErrImagePull", "message": "no such image" } }),
+                ),
+                "ErrImagePull: no such image",
+            ),
+            (
+                container(
+                    false,
+                    json!({ "terminated": { "exitCode": 1, "message": "it broke" } }),
+                ),
+                "status 1 it broke",
+            ),
+            (unscheduled, "0/2 nodes"),
+            (json!({}), "is being started"),
+        ] {
+            match look(Some(&pod(status)), 7) {
+                Server::Away { message, .. } => assert!(message.contains(told), "{message}"),
+                listening => panic!("{listening:?}"),
+            }
+        }
+        let mut ending = ready;
+        ending.metadata.deletion_timestamp = Some(crate::kube::api::now());
+        for pod in [Some(&ending), None] {
+            assert!(matches!(look(pod, 7), Server::Away { .. }));
+        }
+    }
+}

@@ -28,6 +28,7 @@ pub(super) const SILENCE: SignedDuration = SignedDuration::from_secs(180);
 /// The cluster as it was seen last. Cheap to clone; the watches end with the last clone.
 #[derive(Clone)]
 pub struct View {
+    namespace: String,
     volumes: Store<NbdVolume>,
     pools: Store<NbdPool>,
     nodes: Store<PartialObjectMeta<Node>>,
@@ -61,6 +62,7 @@ impl View {
             told,
         );
         Self {
+            namespace: namespace.to_owned(),
             volumes,
             pools,
             nodes,
@@ -82,9 +84,8 @@ impl View {
     }
 
     pub(super) fn volume(&self, id: &str) -> Option<Arc<NbdVolume>> {
-        // The namespace is the watch's own: names are enough.
         self.volumes
-            .find(|volume| volume.metadata.name.as_deref() == Some(id))
+            .get(&ObjectRef::new(id).within(&self.namespace))
     }
 
     #[must_use]
