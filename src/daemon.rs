@@ -3,9 +3,11 @@
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::str::FromStr;
 use std::time::Duration;
 
+use anyhow::Context;
 use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::get;
@@ -20,6 +22,21 @@ const ANSWERS: Duration = Duration::from_secs(25);
 
 /// How long a health check may take: the kubelet's probes give up after some seconds, and so do people.
 const CHECK: Duration = Duration::from_secs(5);
+
+/// What is blocked at the end, on a disk or a peer, is waited for so long.
+const LEFTOVERS: Duration = Duration::from_secs(5);
+
+/// Does a role's work on a runtime of its own.
+pub fn run(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<ExitCode> {
+    allow_many_files();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    let ended = runtime.block_on(work);
+    runtime.shutdown_timeout(LEFTOVERS);
+    ended.map(|()| ExitCode::SUCCESS)
+}
 
 /// A unix socket as CSI's tools name it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,7 +86,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// A volume takes some open files, and login sessions often start with 1024.
-pub fn allow_many_files() {
+fn allow_many_files() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     if let Err(error) = setrlimit(Resource::Nofile, limit) {

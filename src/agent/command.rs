@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context;
 use kube::Client;
@@ -37,14 +36,7 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     // Nothing that is made here is for others.
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
-    daemon::allow_many_files();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("start the runtime")?;
-    let ended = runtime.block_on(work(args));
-    runtime.shutdown_timeout(Duration::from_secs(5));
-    ended.map(|()| ExitCode::SUCCESS)
+    daemon::run(work(args))
 }
 
 async fn work(args: Args) -> anyhow::Result<()> {

@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context;
 use kube::{Api, Client};
@@ -64,14 +63,7 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     // Nothing that is made here is for others.
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
-    daemon::allow_many_files();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("start the runtime")?;
-    let ended = runtime.block_on(serve(args));
-    runtime.shutdown_timeout(Duration::from_secs(5));
-    ended.map(|()| ExitCode::SUCCESS)
+    daemon::run(serve(args))
 }
 
 async fn serve(args: Args) -> anyhow::Result<()> {

@@ -16,7 +16,7 @@ use super::faulty::{Fault, server};
 use super::findings;
 
 /// Every fault, and the checks that must find it.
-const PLANTED: &[(Fault, &[&str])] = &[
+pub(crate) const PLANTED: &[(Fault, &[&str])] = &[
     (Fault::NotFixed, &["greeting-newstyle"]),
     (Fault::UnknownServerFlag, &["greeting-flags-known"]),
     (Fault::UnknownClientFlag, &["client-flags-checked"]),

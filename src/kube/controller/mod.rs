@@ -64,14 +64,7 @@ pub struct Args {
 
 /// Serves until told to stop.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    daemon::allow_many_files();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("start the runtime")?;
-    let ended = runtime.block_on(serve(args));
-    runtime.shutdown_timeout(Duration::from_secs(5));
-    ended.map(|()| ExitCode::SUCCESS)
+    daemon::run(serve(args))
 }
 
 async fn serve(args: Args) -> anyhow::Result<()> {
