@@ -33,6 +33,7 @@ fn recorded(version: &str, report: &Report) -> String {
 fn assert_golden(bench: &Bench, address: SocketAddr, version: &str, name: &str, golden: &str) {
     let selection = Selection {
         write: true,
+        intrusive: true,
         ..Selection::default()
     };
     let report = examine(&bench.server(address), &selection);
