@@ -27,7 +27,11 @@ impl Usage {
     }
 }
 
-pub(crate) fn claim(name: &str, class: &str, usage: Usage, access: &str, size: &str) -> String {
+pub(crate) fn claim(name: &str, class: &str, usage: Usage) -> String {
+    claim_as(name, class, usage, "ReadWriteOnce")
+}
+
+pub(crate) fn claim_as(name: &str, class: &str, usage: Usage, access: &str) -> String {
     let mode = match usage {
         Usage::FileSystem => "Filesystem",
         Usage::Block => "Block",
@@ -41,7 +45,7 @@ spec:
   storageClassName: '{class}'
   volumeMode: {mode}
   accessModes: [{access}]
-  resources: {{requests: {{storage: {size}}}}}
+  resources: {{requests: {{storage: 64Mi}}}}
 "
     )
 }

@@ -29,13 +29,7 @@ const AGENT: &str = "app.kubernetes.io/component=agent";
 
 /// A pod under load on the node that does not keep the volume.
 fn loaded(kubectl: &Kubectl) -> Result<()> {
-    kubectl.apply(&workload::claim(
-        "data",
-        CLASS,
-        Usage::FileSystem,
-        "ReadWriteOnce",
-        "64Mi",
-    ))?;
+    kubectl.apply(&workload::claim("data", CLASS, Usage::FileSystem))?;
     kubectl.apply(&workload::loaded_pod("load", "node2", "data"))?;
     step("a pod works on its volume", || {
         kubectl.until_pod_ready("load")?;
@@ -109,13 +103,7 @@ fn upgrade_in_use(testbed: &mut Testbed) -> Result<()> {
 
 fn node_loses_power(testbed: &mut Testbed) -> Result<()> {
     let kubectl = testbed.namespace("power")?;
-    kubectl.apply(&workload::claim(
-        "data",
-        CLASS,
-        Usage::FileSystem,
-        "ReadWriteOnce",
-        "64Mi",
-    ))?;
+    kubectl.apply(&workload::claim("data", CLASS, Usage::FileSystem))?;
     kubectl.apply(&workload::pod("first", "node2", "data", Usage::FileSystem))?;
     step("a pod has its volume", || kubectl.until_pod_ready("first"))?;
     let written = workload::write_something(&kubectl, "first", Usage::FileSystem)?;
@@ -132,13 +120,7 @@ fn node_loses_power(testbed: &mut Testbed) -> Result<()> {
 
 fn node_cut_off(testbed: &mut Testbed) -> Result<()> {
     let kubectl = testbed.namespace("cut-off")?;
-    kubectl.apply(&workload::claim(
-        "data",
-        CLASS,
-        Usage::FileSystem,
-        "ReadWriteOnce",
-        "64Mi",
-    ))?;
+    kubectl.apply(&workload::claim("data", CLASS, Usage::FileSystem))?;
     kubectl.apply(&workload::pod("first", "node2", "data", Usage::FileSystem))?;
     step("a pod has its volume", || kubectl.until_pod_ready("first"))?;
     let written = workload::write_something(&kubectl, "first", Usage::FileSystem)?;

@@ -38,13 +38,7 @@ fn raw_block(testbed: &mut Testbed) -> Result<()> {
 
 /// A claim is written to on one node and read on the other.
 fn moves(kubectl: &Kubectl, class: &str, usage: Usage) -> Result<()> {
-    kubectl.apply(&workload::claim(
-        "data",
-        class,
-        usage,
-        "ReadWriteOnce",
-        "64Mi",
-    ))?;
+    kubectl.apply(&workload::claim("data", class, usage))?;
     kubectl.apply(&workload::pod("writer", "node2", "data", usage))?;
     step("a pod has its volume", || kubectl.until_pod_ready("writer"))?;
     let written = workload::write_something(kubectl, "writer", usage)?;
@@ -60,12 +54,11 @@ fn moves(kubectl: &Kubectl, class: &str, usage: Usage) -> Result<()> {
 
 fn read_write_once_pod(testbed: &mut Testbed) -> Result<()> {
     let kubectl = testbed.namespace("once-pod")?;
-    kubectl.apply(&workload::claim(
+    kubectl.apply(&workload::claim_as(
         "data",
         CLASS,
         Usage::FileSystem,
         "ReadWriteOncePod",
-        "64Mi",
     ))?;
     kubectl.apply(&workload::pod("first", "node2", "data", Usage::FileSystem))?;
     step("a pod has its volume", || kubectl.until_pod_ready("first"))?;
@@ -92,13 +85,7 @@ fn read_write_once_pod(testbed: &mut Testbed) -> Result<()> {
 fn expanded_online(testbed: &mut Testbed) -> Result<()> {
     let kubectl = testbed.namespace("grows")?;
     for (claim, usage) in [("files", Usage::FileSystem), ("blocks", Usage::Block)] {
-        kubectl.apply(&workload::claim(
-            claim,
-            CLASS,
-            usage,
-            "ReadWriteOnce",
-            "64Mi",
-        ))?;
+        kubectl.apply(&workload::claim(claim, CLASS, usage))?;
         kubectl.apply(&workload::pod(claim, "node2", claim, usage))?;
     }
     for claim in ["files", "blocks"] {
@@ -148,8 +135,6 @@ parameters:
         "data",
         "own-certificates",
         Usage::FileSystem,
-        "ReadWriteOnce",
-        "64Mi",
     ))?;
     let claim = kubectl.object("pvc", "data")?.unwrap_or_default();
     let volume = format!(
@@ -295,13 +280,7 @@ spec:
 fn nothing_is_left(testbed: &mut Testbed) -> Result<()> {
     let kubectl = testbed.namespace("nothing")?;
     let ours = kubectl.in_namespace(NAMESPACE);
-    kubectl.apply(&workload::claim(
-        "data",
-        CLASS,
-        Usage::FileSystem,
-        "ReadWriteOnce",
-        "64Mi",
-    ))?;
+    kubectl.apply(&workload::claim("data", CLASS, Usage::FileSystem))?;
     kubectl.apply(&workload::pod("pod", "node2", "data", Usage::FileSystem))?;
     step("a pod has its volume", || kubectl.until_pod_ready("pod"))?;
     let volume = workload::volume_id(&kubectl, "data")?;
