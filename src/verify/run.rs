@@ -14,8 +14,8 @@ use super::report::{Examined, Report, Summary};
 use super::server::Server;
 use super::subject::{NO_CERTIFICATES, Subject};
 
-/// How long one check may take, where the server's timeout does not say less: far more than a busy machine needs for a
-/// handful of messages, and so little that a hostile server holds up an attach for half a minute at most.
+/// How long one check of an attach may take, where the target's timeout does not say less: far more than a busy machine
+/// needs for a handful of messages, and so little that a hostile server holds up an attach for half a minute at most.
 const CHECK: Duration = Duration::from_secs(15);
 
 /// How long a check may take that waits for a server's own deadlines, or fills it with sessions.
@@ -112,6 +112,15 @@ struct Run<'a> {
     of: usize,
 }
 
+/// How long a check may take with a server that is given so long.
+pub(super) fn time(needs: Needs, timeout: Duration) -> Duration {
+    match needs {
+        // What it waits for is the server's patience, not an answer.
+        Needs::Intrusive => (5 * timeout).clamp(timeout, INTRUSION.max(timeout)),
+        Needs::Nothing | Needs::Write => timeout,
+    }
+}
+
 /// Makes the checks that guard an attach. Always returns, within a few times the target's timeout whatever the server
 /// does.
 #[must_use]
@@ -122,7 +131,8 @@ pub fn battery(target: &Target) -> Report {
         .copied()
         .filter(|check| check.attach)
         .collect();
-    let server = Server::from(target);
+    let mut server = Server::from(target);
+    server.timeout = server.timeout.min(CHECK);
     let run = Run {
         server: &server,
         // Nothing less will do.
@@ -147,7 +157,7 @@ pub fn run(
     cancel: &Cancel,
 ) -> Report {
     let started = Instant::now();
-    let survey = Survey::make(server, cancel, server.timeout.min(CHECK));
+    let survey = Survey::make(server, cancel, server.timeout);
     let concurrent = survey.features.concurrent_sessions != Some(false);
     let Survey {
         mode,
@@ -308,10 +318,7 @@ impl Run<'_> {
             return self.over(check, outcome, Duration::ZERO);
         }
         (self.progress)(Progress::Begun(check));
-        let time = match check.needs {
-            Needs::Intrusive => INTRUSION.min(5 * self.server.timeout),
-            _ => self.server.timeout.min(CHECK),
-        };
+        let time = time(check.needs, self.server.timeout);
         // A check that panics leaves nothing behind: it owns its sessions, and only reads its subject.
         let mut subject = Subject::new(self.server, self.mode, self.cancel, started + time);
         subject.concurrent = self.concurrent;

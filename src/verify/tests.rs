@@ -151,3 +151,14 @@ fn reports_tell_people_what_was_found_and_why_it_matters() {
     }
     assert!(!text.contains(first(1).why), "{text}");
 }
+
+#[test]
+fn a_check_has_the_time_that_was_given() {
+    let seconds = Duration::from_secs;
+    for (timeout, plain, intrusive) in [(1, 1, 5), (15, 15, 75), (60, 60, 75), (600, 600, 600)] {
+        let time = |needs| run::time(needs, seconds(timeout));
+        assert_eq!(time(Needs::Nothing), seconds(plain));
+        assert_eq!(time(Needs::Write), seconds(plain));
+        assert_eq!(time(Needs::Intrusive), seconds(intrusive));
+    }
+}
