@@ -42,10 +42,14 @@ pub(crate) fn lay_out(nodes: usize) -> Result<()> {
     ip(&format!("route add {SERVICES} via {}", node_address(1)))
 }
 
-/// Cuts a node off, or joins it again.
+/// Cuts a node off, or joins it again. The tap stays up: user-mode Linux never reads again from one that was down.
 pub(crate) fn connect(node: usize, connected: bool) -> Result<()> {
-    let state = if connected { "up" } else { "down" };
-    ip(&format!("link set {} {state}", tap(node)))
+    let place = if connected {
+        "master cluster"
+    } else {
+        "nomaster"
+    };
+    ip(&format!("link set {} {place}", tap(node)))
 }
 
 fn ip(arguments: &str) -> Result<()> {

@@ -121,12 +121,14 @@ pub(crate) fn until_rounds(kubectl: &Kubectl, pod: &str, more: usize) -> Result<
     }
 }
 
-/// Writes something that nobody can guess, durably, and returns its digest.
+/// Writes something that nobody can guess, durably and to the blocks that are there, and returns its digest.
 pub(crate) fn write_something(kubectl: &Kubectl, pod: &str, usage: Usage) -> Result<String> {
     let path = usage.path();
     let script = match usage {
         Usage::FileSystem => {
-            format!("dd if=/dev/urandom of={path}/file bs=1M count=4 conv=fsync 2>/dev/null")
+            format!(
+                "dd if=/dev/urandom of={path}/file bs=1M count=4 conv=notrunc,fsync 2>/dev/null"
+            )
         }
         Usage::Block => {
             format!("dd if=/dev/urandom of={path} bs=1M count=4 conv=fsync 2>/dev/null")
