@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::kernel::KernelError;
 use crate::client::{ClientError, Reason, Step};
+use crate::nbd::ReplyCode;
 use crate::sys::ktls::KernelTlsError;
 use crate::tls::CertificateError;
 use crate::verify::Refused;
@@ -94,6 +95,11 @@ pub enum AttachError {
         found: u64,
     },
     #[error(
+        "volume {volume}: its server does not know its attachment any more: it was revoked, since the volume was detached \
+         or moved to another node"
+    )]
+    Revoked { volume: VolumeId },
+    #[error(
         "volume {volume} is on {} already, for another attachment ({attachment}); unstage that one first", .device.display()
     )]
     OtherAttachment {
@@ -142,6 +148,14 @@ pub enum AttachError {
 }
 
 impl AttachError {
+    /// Whether the server says that it has no such export for us.
+    pub(super) fn is_unknown_export(&self) -> bool {
+        let Self::Session { source, .. } = self else {
+            return false;
+        };
+        matches!(&*source.reason, Reason::Refused(refusal) if refusal.code == ReplyCode::ERR_UNKNOWN)
+    }
+
     /// What the caller can do.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
@@ -169,6 +183,7 @@ impl AttachError {
             | Self::Verification { .. }
             | Self::Unsuitable { .. }
             | Self::EpochChanged { .. }
+            | Self::Revoked { .. }
             | Self::OtherAttachment { .. }
             | Self::Unrecorded { .. }
             | Self::KernelTls { .. } => ErrorKind::Precondition,

@@ -5,7 +5,7 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -29,6 +29,10 @@ const LAST: Duration = Duration::from_secs(1);
 
 /// A socket that died a moment ago is not dead to the driver yet, which then takes no other.
 const SETTLING: Duration = Duration::from_secs(1);
+
+/// How long a server of ours must not know an attachment before its device is given up. What was revoked is never allowed
+/// again; but a server whose files were restored by hand is told within this time what it has to allow.
+const REVOKED: Duration = Duration::from_secs(30);
 
 /// The task of one device.
 pub(super) struct Watch {
@@ -188,6 +192,10 @@ impl Inner {
                     self.give_up(index, backend, &error, stop).await?;
                     return Ok(Look::Over);
                 }
+                Err(error) if record.foreign.is_none() && error.is_unknown_export() => {
+                    let volume = backend.volume.clone();
+                    failure = Some(AttachError::Revoked { volume });
+                }
                 Err(error) => failure = Some(error),
             }
         }
@@ -294,8 +302,8 @@ impl Inner {
         Ok(if taken > 0 { Look::Mended } else { Look::Whole })
     }
 
-    /// Ends a device whose server may have lost writes: its requests fail from now on, which whoever wrote them must
-    /// see.
+    /// Ends a device whose server may have lost writes, or serves it no more: its requests fail from now on, which whoever
+    /// wrote them must see.
     async fn give_up(
         self: &Arc<Self>,
         index: u32,
@@ -346,6 +354,7 @@ async fn look_after(
 ) {
     let mut pause = FIRST;
     let mut last_words = String::new();
+    let mut revoked_since = None;
     loop {
         let Some(inner) = inner.upgrade() else {
             return;
@@ -357,6 +366,21 @@ async fn look_after(
             () = moved.notified() => {
                 pause = FIRST;
                 continue;
+            }
+        };
+        let look = match look {
+            Err(revoked @ AttachError::Revoked { .. }) => {
+                let since: Instant = *revoked_since.get_or_insert_with(Instant::now);
+                if since.elapsed() < REVOKED {
+                    Err(revoked)
+                } else {
+                    let given_up = inner.give_up(index, &backend, &revoked, &stop).await;
+                    given_up.map(|()| Look::Over)
+                }
+            }
+            look => {
+                revoked_since = None;
+                look
             }
         };
         drop(inner);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use hawser::attach::{AttachError, Attacher, Config, Options, Request};
 use hawser::proto::control::control_client::ControlClient;
-use hawser::proto::control::{AllowRequest, GrowRequest};
+use hawser::proto::control::{AllowRequest, GrowRequest, RevokeRequest};
 use hawser::proto::socket;
 use hawser::tls::{self, Authority, Secret, Side};
 use hawser::volumes::{AttachmentId, Format, NodeVolumes, Volume, VolumeId, VolumesError};
@@ -167,6 +167,15 @@ impl Served {
         let channel = socket::connect(&self.directory.join("control")).await?;
         ControlClient::new(channel).allow(request).await?;
         Ok(attachment)
+    }
+
+    pub(crate) async fn revoke(&self, attachment: &AttachmentId) -> Result<()> {
+        let request = RevokeRequest {
+            attachment: attachment.to_string(),
+        };
+        let channel = socket::connect(&self.directory.join("control")).await?;
+        ControlClient::new(channel).revoke(request).await?;
+        Ok(())
     }
 
     pub(crate) async fn grow(&self, size_bytes: u64) -> Result<()> {

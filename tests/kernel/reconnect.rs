@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hawser::attach::{AttachError, Fate, Transport};
@@ -42,6 +42,11 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         "reconnect::another_epoch_ends_the_device",
         another_epoch_ends_the_device,
     ),
+    Scenario::new(
+        "reconnect::a_revoked_attachment_ends_the_device",
+        a_revoked_attachment_ends_the_device,
+    )
+    .within_seconds(180),
     Scenario::new(
         "reconnect::another_server_is_refused",
         another_server_is_refused,
@@ -271,6 +276,30 @@ fn another_epoch_ends_the_device() -> Result<()> {
         drop(file);
         let device = attacher.attach(request).await?;
         copy_and_compare(&device.path, &served.data())?;
+        attacher.detach(&served.volume).await?;
+        nothing_left()
+    })
+}
+
+/// A node that was cut off comes back, and the volume is another's: what it has not written fails, and soon.
+fn a_revoked_attachment_ends_the_device() -> Result<()> {
+    block_on(async {
+        let served = Served::new(1, SIZE)?;
+        let attachment = served.allow(1, false).await?;
+        let attacher = node(&served, false).await?;
+        let request = served.request(&attachment, false, options(2))?;
+        let device = attacher.attach(request).await?;
+        served.revoke(&attachment).await?;
+        let revoked = Instant::now();
+        let mut file = File::open(&device.path)?;
+        let failed = file.read(&mut [0; 512]).err().context("read")?;
+        ensure!(failed.raw_os_error() == Some(5), "{failed}");
+        let waited = revoked.elapsed();
+        ensure!(
+            Duration::from_secs(25) < waited && waited < Duration::from_secs(120),
+            "{waited:?}"
+        );
+        drop(file);
         attacher.detach(&served.volume).await?;
         nothing_left()
     })
