@@ -36,9 +36,14 @@ csi server standalone:
 	$(install) build
 	cargo test --locked --test $@
 
-verify peers kernel:
+peers kernel:
 	$(install) $@
 	cargo test --locked --test $@
+
+# Its servers mostly wait, for what comes too late or never.
+verify:
+	$(install) verify
+	cargo test --locked --test verify -- --test-threads=6
 
 # The controller against a real API server alone: the agent and the kubelet are played.
 api:

@@ -215,6 +215,15 @@ pub(super) fn broke(failure: Failure) -> Stop {
     Stop::Finding(failure.to_string())
 }
 
+/// As `broke`, for so many bytes that a slow network may not carry them in time.
+pub(super) fn broke_or_slow(failure: Failure) -> Stop {
+    if matches!(*failure.reason, crate::client::Reason::TimedOut(_)) {
+        let advice = "a server that hangs, or a slow network: a longer timeout tells";
+        return Stop::NotRun(format!("{failure}: {advice}"));
+    }
+    broke(failure)
+}
+
 pub(super) fn require(holds: bool, evidence: impl FnOnce() -> String) -> Result<(), Stop> {
     if holds {
         return Ok(());

@@ -228,7 +228,17 @@ pub(super) fn content(
     offset: u64,
     length: u32,
 ) -> Result<Vec<u8>, Stop> {
-    let reply = session.read(offset, length).map_err(broke)?;
+    content_or(session, offset, length, broke)
+}
+
+/// The same, with what a session that fails comes to.
+pub(super) fn content_or(
+    session: &mut Transmission,
+    offset: u64,
+    length: u32,
+    failed: fn(Failure) -> Stop,
+) -> Result<Vec<u8>, Stop> {
+    let reply = session.read(offset, length).map_err(failed)?;
     let unfit = || {
         Stop::Finding(format!(
             "READ of {length} bytes at {offset} was answered with {}",

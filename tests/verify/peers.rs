@@ -27,6 +27,10 @@ const SIZE: u64 = 64 << 20;
 pub(crate) struct Bench {
     directory: TempDir,
     client: Secret,
+    /// Another client of the same authority.
+    other: Identity,
+    /// The client's certificate of yesterday.
+    expired: Identity,
 }
 
 impl Bench {
@@ -36,9 +40,15 @@ impl Bench {
         let server = authority
             .issue(&Leaf::new(Side::Server, vec![SERVER.into()]))
             .unwrap();
-        let client = authority
-            .issue(&Leaf::new(Side::Client, vec![CLIENT.into()]))
-            .unwrap();
+        let issue = |leaf: &Leaf| authority.issue(leaf).unwrap();
+        let client = issue(&Leaf::new(Side::Client, vec![CLIENT.into()]));
+        let other = issue(&Leaf::new(Side::Client, vec!["other.client.test".into()]));
+        let other = Secret::from_map("another client's Secret", &other, Side::Client).unwrap();
+        let mut yesterday = Leaf::new(Side::Client, vec![CLIENT.into()]);
+        yesterday.not_after = yesterday.not_before;
+        yesterday.not_before -= Duration::from_secs(24 * 60 * 60);
+        tls::write_secret(&directory.path().join("expired"), &issue(&yesterday)).unwrap();
+        let expired = Secret::load_expired(&directory.path().join("expired"), Side::Client);
         tls::write_secret(directory.path(), &server).unwrap();
         for (ours, theirs) in [
             (tls::CERTIFICATE, "server-cert.pem"),
@@ -55,6 +65,8 @@ impl Bench {
         Self {
             directory,
             client: Secret::from_map("the client Secret", &client, Side::Client).unwrap(),
+            other: Identity::new(&other).unwrap(),
+            expired: Identity::new(&expired.unwrap()).unwrap(),
         }
     }
 
@@ -79,6 +91,8 @@ impl Bench {
     pub(crate) fn server(&self, address: SocketAddr) -> Server {
         Server {
             identity: Some(Identity::new(&self.client).unwrap()),
+            other: Some(self.other.clone()),
+            expired: Some(self.expired.clone()),
             ..Server::from(&self.target(address, Profile::Any))
         }
     }

@@ -166,6 +166,10 @@ pub(crate) const PLANTED: &[(Fault, &[&str])] = &[
             "unknown-export-unknown-to-all",
         ],
     ),
+    (
+        Fault::ContextOfListedExport,
+        &["other-exports-context-void"],
+    ),
     (Fault::FailedSelectionKept, &["failed-selection-clears"]),
     (
         Fault::OverlongQueryAccepted,

@@ -175,8 +175,15 @@ fn ids_unique(subject: &Subject<'_>) -> Result<String, Stop> {
 
 fn other_export_void(subject: &Subject<'_>) -> Result<String, Stop> {
     let (mut probe, _, length) = structured(subject)?;
+    let listed = probe.list().map_err(broke)?.unwrap_or_default();
+    // One that is there has contexts to keep, which one that is not may not.
+    let other = listed
+        .iter()
+        .filter_map(|name| ExportName::try_from(name.as_str()).ok())
+        .find(|name| name != subject.export())
+        .unwrap_or_else(|| subject.other_export());
     let selected = probe
-        .set_meta_context(&subject.other_export(), &[ALLOCATION])
+        .set_meta_context(&other, &[ALLOCATION])
         .map_err(broke)?;
     let seen = match selected {
         Ok(contexts) => format!(

@@ -6,12 +6,14 @@ pub(super) use crate::nbd::option::OptionHeader;
 pub(super) use crate::nbd::{
     Command, CommandFlags, Errno, ExportInfo, ExportName, OptionCode, ReplyCode, TransmissionFlags,
 };
-pub(super) use crate::verify::check::{Check, Group, Needs, Scope, Severity, Stop, broke, require};
+pub(super) use crate::verify::check::{
+    Check, Group, Needs, Scope, Severity, Stop, broke, broke_or_slow, require,
+};
 pub(super) use crate::verify::failure::Failure;
 pub(super) use crate::verify::mode::Mode;
 pub(super) use crate::verify::session::Session;
 pub(super) use crate::verify::subject::{
-    Subject, a_block, content, one_block, require_no_contexts, require_read, require_simple_read,
-    shape,
+    Subject, a_block, content, content_or, one_block, require_no_contexts, require_read,
+    require_simple_read, shape,
 };
 pub(super) use crate::verify::transmission::Transmission;

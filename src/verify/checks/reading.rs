@@ -208,7 +208,7 @@ fn large(subject: &Subject<'_>) -> Result<String, Stop> {
     let block = u64::from(a_block(&session.info)?);
     let length = most(&session, MAX_PAYLOAD) / block * block;
     let length = u32::try_from(length).unwrap_or(0);
-    require_read(&mut session, length)?;
+    content_or(&mut session, 0, length, broke_or_slow)?;
     session.disconnect();
     Ok(format!("{length} bytes"))
 }

@@ -360,7 +360,7 @@ fn large(subject: &Subject<'_>) -> Result<String, Stop> {
     let page = u64::from(page(&session));
     let length = u64::from(limit).min(session.info.size) / page * page;
     let data = pattern(0x66, u32::try_from(length).unwrap_or(0));
-    let reply = session.write(0, &data).map_err(broke)?;
+    let reply = session.write(0, &data).map_err(broke_or_slow)?;
     succeeds(&reply, &format!("WRITE of {length} bytes"))?;
     for offset in [0, length - page] {
         let start = usize::try_from(offset).unwrap_or(0);

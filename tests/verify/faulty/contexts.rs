@@ -9,7 +9,7 @@ use hawser::nbd::reply::{Extent, block_status, none, simple};
 use hawser::nbd::request::RawRequest;
 use hawser::nbd::{CommandFlags, Errno, ExportName, OptionCode, ReplyCode};
 
-use super::{BLOCK, EXPORT, Fault, Options, RUN, SIZE};
+use super::{BLOCK, EXPORT, Fault, OTHER, Options, RUN, SIZE};
 
 pub(super) const CONTEXTS: [&str; 2] = ["base:allocation", "test:dirty"];
 
@@ -96,6 +96,8 @@ impl<S: Read + Write> Options<S> {
             Err(_) => Err(ReplyCode::ERR_INVALID),
             Ok(query)
                 if query.export.as_str() != EXPORT
+                    && !(fault == Fault::ContextOfListedExport
+                        && query.export.as_str() == OTHER)
                     && !matches!(
                         fault,
                         Fault::ContextOfOtherExport | Fault::ContextsOfUnknown

@@ -102,6 +102,7 @@ pub(crate) enum Fault {
     SelectsUnasked,
     OneContextUnanswered,
     ContextOfOtherExport,
+    ContextOfListedExport,
     FailedSelectionKept,
     OverlongQueryAccepted,
     EmptySelectionKept,

@@ -26,6 +26,8 @@ const SIZE: u64 = 4 << 20;
 const RUN: u64 = 64 << 10;
 const BLOCK: u32 = 512;
 const EXPORT: &str = "volume/attachment";
+/// Listed where the server has a second one.
+const OTHER: &str = "another/attachment";
 
 /// Options of one session.
 const OPTIONS: usize = 1000;

@@ -12,7 +12,7 @@ use hawser::nbd::{BlockSizes, OptionCode, ReplyCode, TransmissionFlags};
 use hawser::tls::certificate_names;
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
-use super::{BLOCK, EXPORT, Fault, OPTION, OPTIONS, SIZE, Shared};
+use super::{BLOCK, EXPORT, Fault, OPTION, OPTIONS, OTHER, SIZE, Shared};
 
 /// What was negotiated.
 #[derive(Debug, Default, Clone)]
@@ -230,9 +230,12 @@ impl<S: Read + Write> Options<S> {
             OptionCode::LIST => {
                 let mut out = Vec::new();
                 if self.visible || self.has(Fault::OtherIdentityLists) {
-                    let mut name = Vec::new();
-                    name.put_string(EXPORT);
-                    put_reply(&mut out, code, ReplyCode::SERVER, &name);
+                    let other = self.has(Fault::ContextOfListedExport).then_some(OTHER);
+                    for export in [EXPORT].into_iter().chain(other) {
+                        let mut name = Vec::new();
+                        name.put_string(export);
+                        put_reply(&mut out, code, ReplyCode::SERVER, &name);
+                    }
                 }
                 put_reply(&mut out, code, ReplyCode::ACK, &[]);
                 out
@@ -273,7 +276,9 @@ impl<S: Read + Write> Options<S> {
                 refuse(ReplyCode::ERR_BLOCK_SIZE_REQD)
             }
             _ => {
-                if code == OptionCode::GO && !self.has(Fault::ContextOfOtherExport) {
+                let kept =
+                    self.has(Fault::ContextOfOtherExport) || self.has(Fault::ContextOfListedExport);
+                if code == OptionCode::GO && !kept {
                     self.state.selection.take_if(|(export, _)| export != EXPORT);
                 }
                 information(&self.shared, code, self.state.structured)
