@@ -10,7 +10,7 @@
 //! | NbdVolume `status.attachments[].verification`, `encryption` | node plugin | [`node_manager`] |
 //! | NbdVolume `status.format` | node plugin, by merge patch | [`NODE`] |
 //! | NbdPool `status.nodes[]` | agent | [`agent_manager`] |
-//! | NbdPool `status.healthy`, `available` | controller | [`CONTROLLER`] |
+//! | NbdPool `status.healthy`, `available`, `message` | controller | [`CONTROLLER`] |
 //!
 //! `status.format` is never applied: a manager that applies without a field it alone owns removes that field, and a
 //! volume without its format would be formatted again.
@@ -75,6 +75,8 @@ pub const CERTIFICATES_READY: &str = "CertificatesReady";
 pub const NO_ROOM: &str = "NoRoom";
 /// The server's pod runs and is ready.
 pub const SERVER_READY: &str = "ServerReady";
+/// An agent looks after the data: without one a volume is served, but not attached, detached, grown or deleted.
+pub const AGENT_READY: &str = "AgentReady";
 /// All of the others.
 pub const READY: &str = "Ready";
 

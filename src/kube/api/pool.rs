@@ -28,6 +28,12 @@ use serde::{Deserialize, Serialize};
     printcolumn(name = "Healthy", type_ = "string", json_path = ".status.healthy"),
     printcolumn(name = "Available", type_ = "string", json_path = ".status.available"),
     printcolumn(
+        name = "Message",
+        type_ = "string",
+        json_path = ".status.message",
+        priority = 1
+    ),
+    printcolumn(
         name = "Age",
         type_ = "date",
         json_path = ".metadata.creationTimestamp"
@@ -97,6 +103,9 @@ pub struct NbdPoolStatus {
     /// What may still be promised on the healthy nodes, for people; written by the controller.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub available: Option<String>,
+    /// What is wrong with the other nodes, for people; written by the controller, for an agent that is away cannot say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
 }
 
 /// One node's share of a pool.

@@ -389,7 +389,8 @@ impl Inner {
         certified: &Certified,
         server: &Server,
     ) -> Result<(), KeepError> {
-        let said = status(volume, certified, server);
+        let absent_agent = self.view.absent_agent(volume);
+        let said = status(volume, certified, server, absent_agent.as_deref());
         if is_said(volume, &said) {
             return Ok(());
         }

@@ -4,8 +4,8 @@ use kube::ResourceExt;
 
 use super::server::Server;
 use crate::kube::api::{
-    self, BACKING_READY, CERTIFICATES_READY, NO_ROOM, NbdVolume, NbdVolumeStatus, Phase, READY,
-    SERVER_READY,
+    self, AGENT_READY, BACKING_READY, CERTIFICATES_READY, NO_ROOM, NbdVolume, NbdVolumeStatus,
+    Phase, READY, SERVER_READY,
 };
 
 /// What was found about a volume's certificates: nothing wrong, or a reason and a message.
@@ -16,6 +16,7 @@ pub(super) fn status(
     volume: &NbdVolume,
     certified: &Certified,
     server: &Server,
+    absent_agent: Option<&str>,
 ) -> NbdVolumeStatus {
     let old = volume.status.clone().unwrap_or_default();
     let generation = volume.metadata.generation;
@@ -38,6 +39,15 @@ pub(super) fn status(
         Server::Listening(_) => condition(SERVER_READY, true, "Listening", String::new()),
         Server::Away { reason, message } => condition(SERVER_READY, false, reason, message.clone()),
     };
+    let agent = match absent_agent {
+        None => condition(AGENT_READY, true, "Present", String::new()),
+        Some(why) => {
+            let message = format!(
+                "{why}: the volume is served as before, but cannot be attached, detached, grown or deleted"
+            );
+            condition(AGENT_READY, false, "Absent", message)
+        }
+    };
     let waits: Vec<String> = [
         match backing {
             Some(backing) if backing.status == "True" => None,
@@ -49,6 +59,7 @@ pub(super) fn status(
         },
         (certificates.status != "True").then(|| certificates.message.clone()),
         (served.status != "True").then(|| served.message.clone()),
+        (agent.status != "True").then(|| agent.message.clone()),
     ]
     .into_iter()
     .flatten()
@@ -73,7 +84,7 @@ pub(super) fn status(
     };
     NbdVolumeStatus {
         phase: Some(phase),
-        conditions: vec![certificates, served, ready],
+        conditions: vec![certificates, served, agent, ready],
         size: Some(size(old.size_bytes.unwrap_or(volume.spec.size_bytes))),
         endpoint,
         attached_to: attached_to(volume),

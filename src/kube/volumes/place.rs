@@ -2,11 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
 use super::View;
-use super::view::SILENCE;
 use crate::kube::api::{self, NbdPool, PoolNode, Reach};
 use crate::volumes::{Capacity, Placement, Topology, VolumesError};
 
@@ -69,14 +67,6 @@ fn order(mut candidates: Vec<Candidate>, reach: Reach, place: &Placement) -> Vec
     candidates
 }
 
-fn is_usable(share: &PoolNode) -> bool {
-    let is_silent = share
-        .last_seen
-        .as_ref()
-        .is_some_and(|seen| Timestamp::now().duration_since(seen.0) > SILENCE);
-    share.healthy && !is_silent
-}
-
 impl View {
     /// The nodes of a pool that can take a volume, and what they have left beyond what is promised already.
     fn candidates<'a>(
@@ -88,12 +78,6 @@ impl View {
         let shares = pool.status.as_ref().map(|status| status.nodes.as_slice());
         let volumes = self.volumes();
         let candidate = |share: &PoolNode| {
-            let node = self.node(&share.name)?;
-            let labels = node.labels();
-            let mut wanted = pool.spec.node_selector.iter();
-            if !wanted.all(|(key, value)| labels.get(key) == Some(value)) {
-                return None;
-            }
             // What the agent has not made yet it has not counted either.
             let unmade = volumes
                 .iter()
@@ -110,18 +94,16 @@ impl View {
                 .filter(|one| one.pool == name && one.node == share.name)
                 .map(|one| one.size);
             let promised: u64 = unmade.chain(unseen).sum();
-            Some(Candidate {
+            Candidate {
                 node: share.name.clone(),
                 zone: self.zone(&share.name),
                 available: share.available_bytes.saturating_sub(promised),
                 maximum: share.maximum_volume_bytes.saturating_sub(promised),
-            })
+            }
         };
-        let usable = shares
-            .unwrap_or_default()
-            .iter()
-            .filter(|share| is_usable(share));
-        usable.filter_map(candidate).collect()
+        let shares = shares.unwrap_or_default().iter();
+        let open = shares.filter(|share| self.closed(pool, share).is_none());
+        open.map(candidate).collect()
     }
 
     /// The pool and node for a new volume.
