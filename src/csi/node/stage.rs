@@ -52,7 +52,10 @@ impl Stage {
             .iter()
             .map(|(key, value)| (key.clone(), value.clone().into_bytes()))
             .collect();
-        let origin = format!("the secrets of the request for {}", self.handle);
+        let origin = format!(
+            "the client's Secret of {} (the node-stage Secret of its StorageClass or PersistentVolume)",
+            self.handle
+        );
         Secret::from_map(&origin, &parts, Side::Client).map(Some)
     }
 }
