@@ -86,12 +86,15 @@ impl ControlPlane {
                     "--cert-dir={}",
                     plane.folder.join("manager").display()
                 ))
-                // A dead node is noticed within half a minute.
+                // A dead node is noticed when it has missed five renewals of its Lease.
                 .args([
                     "--use-service-account-credentials",
-                    "--node-monitor-grace-period=25s",
+                    "--node-monitor-grace-period=16s",
+                    "--node-monitor-period=2s",
                     "--leader-elect=false",
-                ]),
+                ])
+                .args(["--kube-api-qps=200", "--kube-api-burst=400"])
+                .arg("--pvclaimbinder-sync-period=5s"),
         )?;
         plane.other(
             "kube-scheduler",

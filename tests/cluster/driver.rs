@@ -1,91 +1,121 @@
 //! The driver as it is installed into the cluster.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use super::disk::Staging;
 use super::kubectl::{Kubectl, PATIENCE};
 use super::node::Node;
 use super::process::output;
-use super::{step, until};
+use super::report::step;
+use super::until;
 
 pub(crate) const NAMESPACE: &str = "hawser-system";
 
 /// The one that keeps the volumes; the other one can then lose its power without taking them along.
 pub(crate) const STORAGE_NODE: &str = "node1";
 
-/// Archive, as `tests/support/image` makes it, and names of the image.
+/// The image, as `tests/support/image` makes it.
 const REGISTRY: &str = "hawser.test";
 const TAG: &str = "e2e";
-pub(crate) const NEXT_TAG: &str = "e2e-next";
+const PREVIOUS_TAG: &str = "e2e-previous";
 
-/// The pool's directory on the nodes.
-pub(crate) const POOL: &str = "/pools/default";
+/// A version of the chart, and the tag that its image is given.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Chart {
+    path: &'static str,
+    tag: &'static str,
+}
+
+/// The one of this checkout.
+pub(crate) const CURRENT: Chart = Chart {
+    path: "charts/hawser",
+    tag: TAG,
+};
+
+/// The one before, as it was packaged.
+pub(crate) const PREVIOUS: Chart = Chart {
+    path: "tests/cluster/previous/hawser-0.1.0.tgz",
+    tag: PREVIOUS_TAG,
+};
+
+/// The directory that the chart's own pool has on the nodes.
+const POOL: &str = "/var/lib/hawser/pool";
 
 fn checkout() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Builds the image, with the executable that cargo has built with this test in it.
-pub(crate) fn build_image(images: &Path) -> Result<()> {
+/// Builds the image, with the executable that cargo has built with this test in it. Returns its archive.
+pub(crate) fn build_image(images: &Path) -> Result<PathBuf> {
     let archive = images.join("hawser.tar");
     output(
         Command::new(checkout().join("tests/support/image"))
-            .arg(archive)
+            .arg(&archive)
             .arg(format!("{REGISTRY}/hawser:{TAG}"))
             .arg(env!("CARGO_BIN_EXE_hawser")),
-    )
-    .map(drop)
+    )?;
+    Ok(archive)
+}
+
+/// Imports it, under the names of both versions: no executable of the previous one is kept.
+pub(crate) fn import_image(staging: &Staging, archive: &Path) -> Result<()> {
+    staging.import(archive)?;
+    let name = |tag: &str| format!("{REGISTRY}/hawser:{tag}");
+    staging.tag(&name(TAG), &name(PREVIOUS_TAG))
 }
 
 /// helm install, as the README says it; returns when all parts are ready.
-pub(crate) fn install(kubectl: &Kubectl, nodes: &mut [Node]) -> Result<()> {
-    kubectl.run(&["label", "node", STORAGE_NODE, "hawser.dev/storage=true"])?;
+pub(crate) fn install(kubectl: &Kubectl, nodes: &[Node], chart: Chart) -> Result<()> {
+    let storage = "hawser.dev/storage=true";
+    kubectl.run(&["label", "node", "--overwrite", STORAGE_NODE, storage])?;
     step("helm install", || {
-        helm(kubectl, &["install", "--create-namespace"], TAG)
+        helm(kubectl, &["install", "--create-namespace"], chart)
     })?;
     step("the driver is ready", || ready(kubectl, nodes))
 }
 
-/// helm upgrade to an image of another name; returns when all parts are of it.
-pub(crate) fn upgrade(kubectl: &Kubectl, nodes: &mut [Node]) -> Result<()> {
-    for node in nodes.iter_mut() {
-        node.shell(&format!(
-            "ctr -n k8s.io images tag --force {REGISTRY}/hawser:{TAG} {REGISTRY}/hawser:{NEXT_TAG}"
-        ))?;
-    }
-    step("helm upgrade", || helm(kubectl, &["upgrade"], NEXT_TAG))?;
+/// helm upgrade; returns when all parts are of that version.
+pub(crate) fn upgrade(kubectl: &Kubectl, nodes: &[Node], chart: Chart) -> Result<()> {
+    step("helm upgrade", || helm(kubectl, &["upgrade"], chart))?;
     step("the driver is ready again", || ready(kubectl, nodes))
 }
 
-fn helm(kubectl: &Kubectl, command: &[&str], tag: &str) -> Result<()> {
+/// helm uninstall, and what it printed whether it went well or not.
+pub(crate) fn uninstall(kubectl: &Kubectl) -> Result<(bool, String)> {
+    let result = kubectl
+        .in_namespace(NAMESPACE)
+        .helm()
+        .args(["uninstall", "hawser", "--wait", "--timeout=4m"])
+        .output()?;
+    let printed = [result.stdout, result.stderr].concat();
+    Ok((
+        result.status.success(),
+        String::from_utf8_lossy(&printed).into_owned(),
+    ))
+}
+
+fn helm(kubectl: &Kubectl, command: &[&str], chart: Chart) -> Result<()> {
     output(
         kubectl
             .in_namespace(NAMESPACE)
             .helm()
             .args(command)
-            .args(["hawser", "charts/hawser"])
+            .args(["hawser", chart.path])
             .args(["--set", &format!("image.registry={REGISTRY}")])
-            .args(["--set", &format!("image.tag={tag}")])
+            .args(["--set", &format!("image.tag={}", chart.tag)])
             .args([
                 "--set",
                 r"image.pullPolicy=Never,log.level=info\,hawser=debug",
-            ])
-            .args([
-                "--set",
-                &format!("pools[0].name=default,pools[0].directory={POOL}"),
-            ])
-            .args([
-                "--set-string",
-                r"pools[0].nodeSelector.hawser\.dev/storage=true",
             ])
             .current_dir(checkout()),
     )
     .map(drop)
 }
 
-fn ready(kubectl: &Kubectl, nodes: &[Node]) -> Result<()> {
+pub(crate) fn ready(kubectl: &Kubectl, nodes: &[Node]) -> Result<()> {
     let ours = kubectl.in_namespace(NAMESPACE);
     for workload in [
         "daemonset/hawser-node",
@@ -109,16 +139,16 @@ fn ready(kubectl: &Kubectl, nodes: &[Node]) -> Result<()> {
 /// Deletes all pods of a part, as an eviction or a crash would, and waits for their successors.
 pub(crate) fn replace_pods(kubectl: &Kubectl, selector: &str) -> Result<()> {
     let ours = kubectl.in_namespace(NAMESPACE);
-    let before = ours.objects("pods", selector)?;
+    let before = ours.objects("pod", selector)?;
     ensure!(!before.is_empty(), "no pods with {selector}");
     ours.run(&["delete", "pods", "--selector", selector])?;
     ours.until_pods_ready(selector, before.len()).map(drop)
 }
 
 /// What is left of a volume on the node that kept it.
-pub(crate) fn backing(nodes: &mut [Node], volume: &str) -> Result<String> {
+pub(crate) fn backing(nodes: &[Node], volume: &str) -> Result<String> {
     let node = nodes
-        .iter_mut()
+        .iter()
         .find(|node| node.name == STORAGE_NODE)
         .context("the storage node is a node")?;
     node.shell(&format!(
@@ -126,14 +156,20 @@ pub(crate) fn backing(nodes: &mut [Node], volume: &str) -> Result<String> {
     ))
 }
 
-/// Fails unless a node has as many nbd devices in use as said.
-pub(crate) fn until_devices(node: &mut Node, count: usize) -> Result<()> {
+/// Waits until a node has no nbd device of these volumes.
+pub(crate) fn until_no_device(node: &Node, volumes: &[String]) -> Result<()> {
+    if volumes.is_empty() {
+        return Ok(());
+    }
+    let pattern = volumes.join("\\|");
     until(
-        &format!("{} uses {count} devices", node.name),
+        &format!("{} has no device of {volumes:?}", node.name),
         PATIENCE,
         || {
-            let devices = node.shell("ls -d /sys/block/nbd*/pid 2>/dev/null || true")?;
-            Ok((devices.lines().count() == count).then_some(()))
+            let left = node.shell(&format!(
+                "grep -l -s '{pattern}' /sys/block/nbd*/backend || true"
+            ))?;
+            Ok(left.is_empty().then_some(()))
         },
     )
 }

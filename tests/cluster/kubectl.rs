@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::process::output;
+use super::reader::Reader;
 use super::tools::Tools;
 use super::until;
 
@@ -16,20 +17,22 @@ use super::until;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
 
 /// kubectl in one namespace.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Kubectl {
     tools: Tools,
     kubeconfig: PathBuf,
+    reader: Reader,
     pub(crate) namespace: String,
 }
 
 impl Kubectl {
-    pub(crate) fn new(tools: &Tools, kubeconfig: PathBuf) -> Self {
-        Self {
+    pub(crate) fn new(tools: &Tools, kubeconfig: PathBuf) -> Result<Self> {
+        Ok(Self {
             tools: tools.clone(),
+            reader: Reader::new(&kubeconfig)?,
             kubeconfig,
             namespace: "default".to_owned(),
-        }
+        })
     }
 
     pub(crate) fn in_namespace(&self, namespace: &str) -> Self {
@@ -68,7 +71,7 @@ impl Kubectl {
     pub(crate) fn apply(&self, manifests: &str) -> Result<()> {
         let mut child = self
             .command()
-            .args(["apply", "--server-side", "-f", "-"])
+            .args(["apply", "--server-side", "--force-conflicts", "-f", "-"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -90,21 +93,35 @@ impl Kubectl {
 
     /// An object, or None where there is none.
     pub(crate) fn object(&self, kind: &str, name: &str) -> Result<Option<Value>> {
-        let text = self.run(&["get", kind, name, "--ignore-not-found", "-o", "json"])?;
-        if text.trim().is_empty() {
-            return Ok(None);
-        }
-        Ok(Some(serde_json::from_str(&text)?))
+        self.reader.object(kind, &self.namespace, name)
     }
 
     /// All objects of a kind, with a selector of labels that may be empty.
     pub(crate) fn objects(&self, kind: &str, selector: &str) -> Result<Vec<Value>> {
-        let text = self.run(&["get", kind, "--selector", selector, "-o", "json"])?;
-        let mut list: Value = serde_json::from_str(&text)?;
-        match list["items"].take() {
-            Value::Array(items) => Ok(items),
-            other => anyhow::bail!("kubectl get {kind} said {other}"),
-        }
+        self.reader.objects(kind, &self.namespace, selector)
+    }
+
+    /// Waits until an Event on an object of this namespace says all of this, in its reason or its message.
+    pub(crate) fn until_event(&self, kind: &str, name: &str, words: &[&str]) -> Result<String> {
+        until(
+            &format!("an Event on {kind} {name} says {words:?}"),
+            PATIENCE,
+            || {
+                let says = |event: &Value| {
+                    let about = &event["involvedObject"];
+                    let text = format!(
+                        "{}: {}",
+                        event["reason"].as_str().unwrap_or_default(),
+                        event["message"].as_str().unwrap_or_default()
+                    );
+                    (about["kind"] == kind
+                        && about["name"] == name
+                        && words.iter().all(|word| text.contains(word)))
+                    .then_some(text)
+                };
+                Ok(self.objects("event", "")?.iter().find_map(says))
+            },
+        )
     }
 
     /// Waits until an object is as wanted; its absence is not.
@@ -136,7 +153,7 @@ impl Kubectl {
             &format!("{count} pods with {selector} are ready"),
             PATIENCE,
             || {
-                let pods = self.objects("pods", selector)?;
+                let pods = self.objects("pod", selector)?;
                 Ok((pods.len() == count && pods.iter().all(is_ready)).then_some(pods))
             },
         )

@@ -1,6 +1,8 @@
 //! The driver in a real cluster: API server, controller manager, scheduler, kubelets, containerd, the real sidecars and
 //! real kernel devices, as ordinary processes on one machine.
 //!
+//! Scenarios that leave the driver and the nodes alone run side by side; each has a namespace of its own.
+//!
 //! The control plane runs in a network namespace of the test's own, each node in a user-mode Linux. Everything is in a
 //! PID namespace too, so that nothing outlives the test however it ends. What all parts said is in `target/e2e-logs`.
 //!
@@ -15,6 +17,7 @@
 )]
 
 mod control;
+mod disk;
 mod driver;
 mod host;
 #[path = "../support/kernels.rs"]
@@ -23,6 +26,8 @@ mod kubectl;
 mod network;
 mod node;
 mod process;
+mod reader;
+mod report;
 mod scenarios;
 mod testbed;
 mod tools;
@@ -69,18 +74,6 @@ pub(crate) fn until<T>(
                 );
             }
         }
-        thread::sleep(Duration::from_millis(300));
+        thread::sleep(Duration::from_millis(200));
     }
-}
-
-/// Does a step and says how long it took.
-pub(crate) fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let started = Instant::now();
-    let result = work();
-    let verdict = if result.is_ok() { "" } else { " FAILED" };
-    println!(
-        "cluster: {:6.1} s  {what}{verdict}",
-        started.elapsed().as_secs_f32()
-    );
-    result
 }

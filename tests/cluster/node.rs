@@ -4,7 +4,10 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hawser::demo::uml::Kernel;
@@ -13,13 +16,13 @@ use super::control::{ControlPlane, PROXY};
 use super::network::{self, GATEWAY};
 use super::process::{Process, output};
 use super::tools::Tools;
-use super::{kernels, until};
+use super::{disk, kernels};
 
 /// What it may use at most, in MiB; it is taken from the host as it is touched.
 const MEMORY_MIB: u32 = 3072;
 
-/// Sparse.
-const DISK_BYTES: u64 = 24 << 30;
+/// How long what a shell is told may take.
+const ANSWER: Duration = Duration::from_secs(120);
 
 /// What its version begins with: the oldest that has all that a kubelet wants.
 const KERNEL: &str = "6.12.";
@@ -41,7 +44,6 @@ pub(crate) struct Parts {
     pub(crate) shared: PathBuf,
     pub(crate) disks: PathBuf,
     pub(crate) logs: PathBuf,
-    pub(crate) images: PathBuf,
 }
 
 pub(crate) struct Node {
@@ -51,8 +53,8 @@ pub(crate) struct Node {
     /// The folder that is `/node/NAME` inside.
     folder: PathBuf,
     disk: PathBuf,
-    machine: Option<Process>,
-    asked: u32,
+    machine: Mutex<Option<Process>>,
+    asked: AtomicU32,
 }
 
 pub(crate) fn name(index: usize) -> String {
@@ -71,7 +73,6 @@ impl Parts {
             shared: work.join("node"),
             disks: work.join("disks"),
             logs: logs.to_owned(),
-            images: tools.images(),
             kernel,
         };
         fs::create_dir(&parts.shared)?;
@@ -86,6 +87,11 @@ impl Parts {
         // Nothing of the cache may be bound into the work folder: that is removed at the end, with all that is in it.
         bind(&parts.shared, &parts.root.join("node"))?;
         Ok(parts)
+    }
+
+    /// What each node's own begins with.
+    pub(crate) fn disk(&self) -> PathBuf {
+        self.disks.join("first")
     }
 }
 
@@ -102,21 +108,21 @@ impl Node {
         plane.write_kubeconfig(&name, &folder.join("kubeconfig"))?;
         plane.write_kubeconfig(PROXY, &parts.shared.join(PROXY))?;
         let disk = parts.disks.join(&name);
-        fs::File::create(&disk)?.set_len(DISK_BYTES)?;
-        let mut node = Self {
+        disk::copy(&parts.disk(), &disk)?;
+        let node = Self {
             name,
             index,
             parts: parts.clone(),
             folder,
             disk,
-            machine: None,
-            asked: 0,
+            machine: Mutex::default(),
+            asked: AtomicU32::new(0),
         };
         node.power_on()?;
         Ok(node)
     }
 
-    pub(crate) fn power_on(&mut self) -> Result<()> {
+    pub(crate) fn power_on(&self) -> Result<()> {
         let peers: Vec<String> = (1..=super::NODES)
             .map(|peer| {
                 format!(
@@ -145,23 +151,24 @@ impl Node {
             .arg(format!("peers={}", peers.join(",")))
             .arg(format!("share={}", self.parts.shared.display()))
             .arg(format!("logs={}", self.parts.logs.display()))
-            .arg(format!("images={}", self.parts.images.display()))
             .env("TMPDIR", "/dev/shm");
-        self.machine = Some(Process::start(
+        let machine = Process::start(
             &format!("{}-console", self.name),
             &self.parts.logs,
             &mut command,
-        )?);
+        )?;
+        *self.machine.lock().unwrap() = Some(machine);
         Ok(())
     }
 
     /// A loss of power.
-    pub(crate) fn power_off(&mut self) {
-        self.machine = None;
+    pub(crate) fn power_off(&self) {
+        *self.machine.lock().unwrap() = None;
     }
 
-    pub(crate) fn lives(&mut self) -> Result<()> {
-        self.machine.as_mut().map_or(Ok(()), Process::lives)
+    pub(crate) fn lives(&self) -> Result<()> {
+        let mut machine = self.machine.lock().unwrap();
+        machine.as_mut().map_or(Ok(()), Process::lives)
     }
 
     /// Cuts it off, or joins it again.
@@ -170,16 +177,21 @@ impl Node {
     }
 
     /// What a shell as root on the node prints.
-    pub(crate) fn shell(&mut self, script: &str) -> Result<String> {
-        self.asked += 1;
-        let file = |end: &str| self.folder.join(format!("do-{}.{end}", self.asked));
+    pub(crate) fn shell(&self, script: &str) -> Result<String> {
+        let asked = self.asked.fetch_add(1, Ordering::Relaxed);
+        let file = |end: &str| self.folder.join(format!("do-{asked}.{end}"));
         fs::write(file("new"), script)?;
         fs::rename(file("new"), file("sh"))?;
-        until(
-            &format!("{} has run {script:?}", self.name),
-            Duration::from_secs(60),
-            || Ok(file("status").exists().then_some(())),
-        )?;
+        let deadline = Instant::now() + ANSWER;
+        while !file("status").exists() {
+            ensure!(
+                Instant::now() < deadline,
+                "after {} s, {} has not run {script:?} to its end",
+                ANSWER.as_secs(),
+                self.name
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
         let printed = fs::read_to_string(file("out"))?;
         let status = fs::read_to_string(file("status"))?;
         ensure!(

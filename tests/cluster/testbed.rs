@@ -3,23 +3,35 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::Mutex;
+use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use super::control::ControlPlane;
+use super::disk::Staging;
 use super::kubectl::{self, Kubectl, PATIENCE};
 use super::node::{self, Node};
+use super::report::{self, say, step};
+use super::scenarios::{self, Scenario, When};
 use super::tools::Tools;
-use super::{NODES, driver, network, scenarios, step, until};
+use super::{NODES, driver, network, until, workload};
+
+/// How many scenarios run side by side. More would only wait for each other's processor.
+const LANES: usize = 3;
+
+/// The namespace of the pod that works on its volume through everything that happens.
+const LOAD: &str = "load";
 
 /// Everything that a scenario may want to hold on to.
 pub(crate) struct Testbed {
-    pub(crate) plane: ControlPlane,
+    pub(crate) plane: Mutex<ControlPlane>,
     pub(crate) nodes: Vec<Node>,
     pub(crate) kubectl: Kubectl,
     pub(crate) logs: PathBuf,
-    installed: bool,
+    installed: Mutex<bool>,
+    loaded: Mutex<bool>,
     // Last, so that it is removed after all that writes to it has ended.
     _work: tempfile::TempDir,
 }
@@ -27,7 +39,7 @@ pub(crate) struct Testbed {
 pub(crate) fn main(arguments: &[String]) -> Result<ExitCode> {
     let started = Instant::now();
     let shell = arguments.iter().any(|argument| argument == "--shell");
-    let wanted: Vec<&scenarios::Scenario> = scenarios::all()
+    let wanted: Vec<&Scenario> = scenarios::all()
         .filter(|scenario| {
             arguments.is_empty()
                 || arguments
@@ -39,10 +51,11 @@ pub(crate) fn main(arguments: &[String]) -> Result<ExitCode> {
         shell || !wanted.is_empty(),
         "no scenario has a name like {arguments:?}"
     );
-    let mut testbed = Testbed::bring_up()?;
+    let testbed = Testbed::bring_up()?;
     if shell {
+        driver::install(&testbed.kubectl, &testbed.nodes, driver::CURRENT)?;
         let status = Command::new("bash")
-            .env("KUBECONFIG", testbed.plane.kubeconfig())
+            .env("KUBECONFIG", testbed.plane.lock().unwrap().kubeconfig())
             .status()?;
         return Ok(if status.success() {
             ExitCode::SUCCESS
@@ -50,22 +63,11 @@ pub(crate) fn main(arguments: &[String]) -> Result<ExitCode> {
             ExitCode::FAILURE
         });
     }
-    let mut failed = Vec::new();
-    for scenario in &wanted {
-        println!("cluster: {}", scenario.name);
-        let begun = Instant::now();
-        let result = (scenario.run)(&mut testbed);
-        let verdict = if result.is_ok() { "ok" } else { "FAILED" };
-        println!(
-            "cluster: {:6.1} s  {} {verdict}",
-            begun.elapsed().as_secs_f32(),
-            scenario.name
-        );
-        if let Err(error) = result {
-            println!("{error:#}");
-            testbed.photograph(scenario.name);
-            failed.push(scenario.name);
-        }
+    let of = |when: When| wanted.iter().filter(move |scenario| scenario.when == when);
+    let mut failed = testbed.side_by_side(&of(When::First).collect::<Vec<_>>());
+    failed.extend(testbed.side_by_side(&of(When::SideBySide).collect::<Vec<_>>()));
+    for scenario in of(When::Alone) {
+        failed.extend(testbed.run(scenario));
     }
     testbed.photograph("end");
     for name in &failed {
@@ -92,23 +94,32 @@ impl Testbed {
     fn bring_up() -> Result<Self> {
         let tools = Tools::find()?;
         let logs = fresh_logs()?;
+        report::open(&logs)?;
         let work = tempfile::Builder::new()
             .prefix("hawser-cluster-")
             .tempdir()?;
         let names: Vec<String> = (1..=NODES).map(node::name).collect();
         step("network", || network::lay_out(NODES))?;
-        step("image", || driver::build_image(&tools.images()))?;
         let parts = node::Parts::lay_out(&tools, work.path(), &logs)?;
-        let plane = step("control plane", || {
-            ControlPlane::start(&tools, work.path(), &logs, &names)
+        let plane = thread::scope(|scope| {
+            let plane = scope.spawn(|| {
+                step("control plane", || {
+                    ControlPlane::start(&tools, work.path(), &logs, &names)
+                })
+            });
+            step("images, and a disk with them", || {
+                lay_out_disk(&tools, work.path(), &logs, &parts.disk())
+            })?;
+            joined(plane)
         })?;
-        let kubectl = Kubectl::new(&tools, plane.kubeconfig());
+        let kubectl = Kubectl::new(&tools, plane.kubeconfig())?;
         let mut testbed = Self {
-            plane,
+            plane: Mutex::new(plane),
             nodes: Vec::new(),
             kubectl,
             logs,
-            installed: false,
+            installed: Mutex::default(),
+            loaded: Mutex::default(),
             _work: work,
         };
         step("nodes", || testbed.start_nodes(&parts))
@@ -117,13 +128,14 @@ impl Testbed {
     }
 
     fn start_nodes(&mut self, parts: &node::Parts) -> Result<()> {
+        let plane = self.plane.lock().unwrap();
         for index in 1..=NODES {
-            self.nodes.push(Node::start(index, parts, &self.plane)?);
+            self.nodes.push(Node::start(index, parts, &plane)?);
         }
         for name in (1..=NODES).map(node::name) {
             until(&format!("{name} is ready"), PATIENCE, || {
                 // A dead node is not waited for.
-                if let Some(dead) = self.nodes.iter_mut().find_map(|node| node.lives().err()) {
+                if let Some(dead) = self.nodes.iter().find_map(|node| node.lives().err()) {
                     return Ok(Some(Err(dead)));
                 }
                 Ok(self
@@ -136,48 +148,125 @@ impl Testbed {
         Ok(())
     }
 
-    /// A namespace for a scenario that uses the driver, which is installed if it is not there yet.
-    pub(crate) fn namespace(&mut self, name: &str) -> Result<Kubectl> {
-        if !self.installed {
-            driver::install(&self.kubectl, &mut self.nodes)?;
-            self.installed = true;
-        }
-        self.kubectl.create_namespace(name)
-    }
-
-    /// Deletes it with the pods and claims in it, and waits until no node has a device of theirs.
-    pub(crate) fn delete_namespace(&mut self, namespace: &Kubectl) -> Result<()> {
-        step("namespace deleted", || {
-            namespace.run(&[
-                "delete",
-                "namespace",
-                &namespace.namespace,
-                "--timeout=240s",
-            ])
-        })?;
-        step("devices gone", || {
-            self.nodes
-                .iter_mut()
-                .try_for_each(|node| driver::until_devices(node, 0))
+    /// Runs these in some lanes, and returns the names of those that failed.
+    fn side_by_side(&self, scenarios: &[&&Scenario]) -> Vec<&'static str> {
+        let next = Mutex::new(scenarios.iter());
+        let lane = || {
+            let mut failed = Vec::new();
+            loop {
+                let scenario = next.lock().unwrap().next();
+                let Some(scenario) = scenario else {
+                    return failed;
+                };
+                failed.extend(self.run(scenario));
+            }
+        };
+        thread::scope(|scope| {
+            let lanes: Vec<_> = (0..LANES).map(|_| scope.spawn(lane)).collect();
+            lanes
+                .into_iter()
+                .flat_map(|lane| lane.join().unwrap())
+                .collect()
         })
     }
 
-    pub(crate) fn node(&mut self, name: &str) -> Result<&mut Node> {
+    /// Runs one, and returns its name if it failed.
+    fn run(&self, scenario: &Scenario) -> Option<&'static str> {
+        report::gathered(scenario.name, || {
+            say(scenario.name);
+            let begun = Instant::now();
+            let result = (scenario.run)(self);
+            let seconds = begun.elapsed().as_secs_f32();
+            let verdict = if result.is_ok() { "ok" } else { "FAILED" };
+            say(&format!("{seconds:6.1} s  {} {verdict}", scenario.name));
+            let error = result.err()?;
+            say(&format!("{error:#}"));
+            self.photograph(scenario.name);
+            Some(scenario.name)
+        })
+    }
+
+    /// Does something once, with the driver installed or to be so.
+    pub(crate) fn install_once(&self, install: impl FnOnce() -> Result<()>) -> Result<()> {
+        let mut installed = self.installed.lock().unwrap();
+        if !*installed {
+            install()?;
+            *installed = true;
+        }
+        Ok(())
+    }
+
+    /// A namespace for a scenario that uses the driver, which is installed if it is not there yet.
+    pub(crate) fn namespace(&self, name: &str) -> Result<Kubectl> {
+        self.install_once(|| driver::install(&self.kubectl, &self.nodes, driver::CURRENT))?;
+        self.kubectl.create_namespace(name)
+    }
+
+    /// The namespace of a pod that works all the time on a volume that its node does not keep: it lives through everything
+    /// that happens to the driver. It is started if it is not there yet.
+    pub(crate) fn load(&self) -> Result<Kubectl> {
+        let kubectl = self.kubectl.in_namespace(LOAD);
+        let mut loaded = self.loaded.lock().unwrap();
+        if !*loaded {
+            self.namespace(LOAD)?;
+            workload::start_load(&kubectl)?;
+            *loaded = true;
+        }
+        Ok(kubectl)
+    }
+
+    /// Waits until the pod under load has read back what it wrote, from now on, more than once.
+    pub(crate) fn io_goes_on(&self) -> Result<()> {
+        let kubectl = self.kubectl.in_namespace(LOAD);
+        step("I/O goes on", || {
+            workload::until_rounds(&kubectl, &self.logs)
+        })
+    }
+
+    /// Ends it, and with it what its volume was.
+    pub(crate) fn end_load(&self) -> Result<()> {
+        let mut loaded = self.loaded.lock().unwrap();
+        if *loaded {
+            *loaded = false;
+            self.delete_namespace(&self.kubectl.in_namespace(LOAD))?;
+        }
+        Ok(())
+    }
+
+    /// Deletes a namespace's pods and claims, waits until no node has a device of theirs, and leaves the rest to the
+    /// cluster.
+    pub(crate) fn delete_namespace(&self, namespace: &Kubectl) -> Result<()> {
+        let volumes = workload::volume_ids(namespace)?;
+        step("pods and claims deleted", || {
+            namespace.run(&["delete", "pods,pvc", "--all", "--wait=false"])?;
+            for kind in ["pod", "pvc"] {
+                until(&format!("there is no {kind}"), PATIENCE, || {
+                    Ok(namespace.objects(kind, "")?.is_empty().then_some(()))
+                })?;
+            }
+            self.nodes
+                .iter()
+                .try_for_each(|node| driver::until_no_device(node, &volumes))
+        })?;
+        namespace.delete("namespace", &namespace.namespace)
+    }
+
+    pub(crate) fn node(&self, name: &str) -> Result<&Node> {
         self.nodes
-            .iter_mut()
+            .iter()
             .find(|node| node.name == name)
             .with_context(|| format!("no node is called {name}"))
     }
 
     /// Keeps what is to be seen of a cluster, for a person who was not there.
-    fn photograph(&mut self, name: &str) {
+    fn photograph(&self, name: &str) {
         let file = self.logs.join(format!("{name}.txt"));
         let mut text = String::new();
         for arguments in [
             &["get", "all,pvc,secrets", "-A", "-o", "wide"][..],
             &[
                 "get",
-                "nodes,pv,storageclass,csidriver,csinode,volumeattachments,csistoragecapacities",
+                "nodes,pv,storageclass,csidriver,csinode,volumeattachments,csistoragecapacities,leases",
                 "-A",
                 "-o",
                 "wide",
@@ -195,6 +284,23 @@ impl Testbed {
         // A machine that has no room for its logs has other troubles.
         let _ = fs::write(&file, text);
     }
+}
+
+/// Builds the driver's image while the others are imported, and makes the disk that nodes begin with.
+fn lay_out_disk(tools: &Tools, work: &Path, logs: &Path, disk: &Path) -> Result<()> {
+    let staging = Staging::begin(tools, work, logs)?;
+    thread::scope(|scope| {
+        let image = scope.spawn(|| driver::build_image(&tools.images()));
+        for archive in tools.other_images()? {
+            staging.import(&archive)?;
+        }
+        driver::import_image(&staging, &joined(image)?)
+    })?;
+    staging.finish(disk)
+}
+
+fn joined<T>(thread: thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
+    thread.join().map_err(|_| anyhow!("a thread panicked"))?
 }
 
 /// An empty `target/e2e-logs`.

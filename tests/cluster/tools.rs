@@ -1,5 +1,6 @@
 //! What `tests/support/cluster` built and unpacked: Kubernetes' binaries, and Debian's in the nodes' root file system.
 
+use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -53,8 +54,21 @@ impl Tools {
         &self.root
     }
 
-    /// The archives of images that every node imports.
+    /// Where archives of images are.
     pub(crate) fn images(&self) -> PathBuf {
         self.images.clone()
+    }
+
+    /// All but the driver's own.
+    pub(crate) fn other_images(&self) -> Result<Vec<PathBuf>> {
+        let mut archives = Vec::new();
+        for entry in fs::read_dir(&self.images)? {
+            let path = entry?.path();
+            let is_archive = path.extension().is_some_and(|extension| extension == "tar");
+            if is_archive && path.file_stem().is_some_and(|stem| stem != "hawser") {
+                archives.push(path);
+            }
+        }
+        Ok(archives)
     }
 }

@@ -1,11 +1,18 @@
 //! Claims and pods as a user writes them.
 
-use std::time::Duration;
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
+use super::driver::NAMESPACE;
 use super::kubectl::{Kubectl, PATIENCE};
-use super::until;
+use super::report::step;
+
+/// Where the pod under load is: not where the volume is kept.
+const LOAD_NODE: &str = "node2";
 
 /// What the chart's own StorageClass is called.
 pub(crate) const CLASS: &str = "hawser";
@@ -50,17 +57,48 @@ spec:
     )
 }
 
+/// A StorageClass whose volumes are made as soon as they are claimed, with further parameters, one a line.
+pub(crate) fn class(name: &str, parameters: &str) -> String {
+    let parameters = parameters.replace('\n', "\n  ");
+    format!(
+        "---
+apiVersion: storage.k8s.io/v1
+kind: StorageClass
+metadata: {{name: {name}}}
+provisioner: csi.hawser.dev
+volumeBindingMode: Immediate
+parameters:
+  csi.storage.k8s.io/node-stage-secret-name: ${{pv.name}}-hawser-client
+  csi.storage.k8s.io/node-stage-secret-namespace: {NAMESPACE}
+  csi.storage.k8s.io/node-publish-secret-name: ${{pv.name}}-hawser-client
+  csi.storage.k8s.io/node-publish-secret-namespace: {NAMESPACE}
+  {parameters}
+"
+    )
+}
+
 /// A pod that waits to be told what to do.
 pub(crate) fn pod(name: &str, node: &str, claim: &str, usage: Usage) -> String {
     pod_that(name, node, claim, usage, "exec sleep 1000000")
 }
 
-/// A pod that writes, reads back and compares, round after round, until something is wrong.
-pub(crate) fn loaded_pod(name: &str, node: &str, claim: &str) -> String {
-    let script = "while fio --name=verify --directory=/data --rw=randwrite --bs=64k --size=8m --direct=1 \
-        --ioengine=psync --verify=crc32c --verify_fatal=1 --fsync=16 >/tmp/fio 2>&1; do echo round >>/tmp/rounds; done; \
-        cat /tmp/fio; echo FAILED >>/tmp/rounds; exec sleep 1000000";
-    pod_that(name, node, claim, Usage::FileSystem, script)
+/// A claim, and a pod that writes, reads back and compares, round after round, until something is wrong. It takes its time:
+/// there is no need to fill a processor.
+pub(crate) fn start_load(kubectl: &Kubectl) -> Result<()> {
+    let script = "while fio --name=verify --directory=/data --rw=randwrite --bs=64k --size=1m --direct=1 \
+        --ioengine=psync --verify=crc32c --verify_fatal=1 --fsync=16 >/tmp/fio 2>&1; do echo round; sleep 1; done; \
+        cat /tmp/fio; echo FAILED; exec sleep 1000000";
+    kubectl.apply(&claim("data", CLASS, Usage::FileSystem))?;
+    kubectl.apply(&pod_that(
+        "load",
+        LOAD_NODE,
+        "data",
+        Usage::FileSystem,
+        script,
+    ))?;
+    step("a pod works on its volume", || {
+        kubectl.until_pod_ready("load").map(drop)
+    })
 }
 
 fn pod_that(name: &str, node: &str, claim: &str, usage: Usage, script: &str) -> String {
@@ -88,37 +126,44 @@ spec:
     )
 }
 
-/// How many rounds of a loaded pod were right.
-fn rounds(kubectl: &Kubectl, pod: &str) -> Result<usize> {
-    let rounds = kubectl.exec(pod, "cat /tmp/rounds 2>/dev/null || true")?;
-    ensure!(
-        !rounds.contains("FAILED"),
-        "{pod} read other than it wrote, or could not: {}",
-        kubectl.run(&["logs", pod])?
-    );
-    Ok(rounds.lines().count())
+/// What the pod under load has printed: read where its node puts it, so that it can be read whatever is the matter with
+/// the API server.
+pub(crate) fn load_printed(kubectl: &Kubectl, logs: &Path) -> Result<String> {
+    let mut printed = String::new();
+    for folder in fs::read_dir(logs.join(format!("{LOAD_NODE}-pods")))? {
+        let folder = folder?.path();
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(&format!("{}_load_", kubectl.namespace)) {
+            for file in fs::read_dir(folder.join("pod"))? {
+                printed += &fs::read_to_string(file?.path())?;
+            }
+        }
+    }
+    Ok(printed)
 }
 
-/// Waits until a loaded pod has done as many rounds as said, from now on.
-pub(crate) fn until_rounds(kubectl: &Kubectl, pod: &str, more: usize) -> Result<()> {
-    let started = until(&format!("{pod} can be asked"), PATIENCE, || {
-        rounds(kubectl, pod).map(Some)
-    })?;
-    let deadline = std::time::Instant::now() + PATIENCE;
-    loop {
+/// Waits until it has done two more rounds: the second began after now.
+pub(crate) fn until_rounds(kubectl: &Kubectl, logs: &Path) -> Result<()> {
+    let rounds = || {
+        let printed = load_printed(kubectl, logs)?;
         // A round that failed is no reason to wait for it to be right.
-        let done = rounds(kubectl, pod)?;
-        if done >= started + more {
-            return Ok(());
-        }
         ensure!(
-            std::time::Instant::now() < deadline,
-            "{pod} has done no more than {} of {more} rounds in {} s",
-            done - started,
+            !printed.contains("FAILED"),
+            "the pod read other than it wrote, or could not: {printed}"
+        );
+        Ok(printed.matches(" F round").count())
+    };
+    let wanted = rounds()? + 2;
+    let deadline = Instant::now() + PATIENCE;
+    while rounds()? < wanted {
+        ensure!(
+            Instant::now() < deadline,
+            "no two more rounds in {} s",
             PATIENCE.as_secs()
         );
-        std::thread::sleep(Duration::from_millis(500));
+        thread::sleep(Duration::from_millis(100));
     }
+    Ok(())
 }
 
 /// Writes something that nobody can guess, durably and to the blocks that are there, and returns its digest.
@@ -145,6 +190,22 @@ pub(crate) fn digest(kubectl: &Kubectl, pod: &str, usage: Usage) -> Result<Strin
         Usage::Block => format!("dd if={path} bs=1M count=4 2>/dev/null | sha256sum"),
     };
     kubectl.exec(pod, &script)
+}
+
+/// The ids of the volumes that the namespace's claims are bound to.
+pub(crate) fn volume_ids(kubectl: &Kubectl) -> Result<Vec<String>> {
+    let claims = kubectl.objects("pvc", "")?;
+    let bound = claims
+        .iter()
+        .filter(|claim| claim["status"]["phase"] == "Bound");
+    bound
+        .map(|claim| {
+            volume_id(
+                kubectl,
+                claim["metadata"]["name"].as_str().unwrap_or_default(),
+            )
+        })
+        .collect()
 }
 
 /// The id of the volume that a claim is bound to.

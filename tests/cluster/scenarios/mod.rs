@@ -1,6 +1,10 @@
 //! What is shown in the cluster, in this order.
 
+mod certificates;
 mod failures;
+mod nodes;
+mod release;
+mod requests;
 mod smoke;
 mod volumes;
 
@@ -8,19 +12,39 @@ use anyhow::Result;
 
 use super::testbed::Testbed;
 
+/// Besides which others a scenario may run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum When {
+    /// Before all others: the cluster is blamed before the driver, and the driver begins as the version before.
+    First,
+    /// It leaves the driver and the nodes alone.
+    SideBySide,
+    Alone,
+}
+
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
-    pub(crate) run: fn(&mut Testbed) -> Result<()>,
+    pub(crate) when: When,
+    pub(crate) run: fn(&Testbed) -> Result<()>,
 }
 
 impl Scenario {
-    pub(crate) const fn new(name: &'static str, run: fn(&mut Testbed) -> Result<()>) -> Self {
-        Self { name, run }
+    const fn new(name: &'static str, when: When, run: fn(&Testbed) -> Result<()>) -> Self {
+        Self { name, when, run }
     }
 }
 
 pub(crate) fn all() -> impl Iterator<Item = &'static Scenario> {
-    [smoke::SCENARIOS, volumes::SCENARIOS, failures::SCENARIOS]
-        .into_iter()
-        .flatten()
+    [
+        smoke::SCENARIOS,
+        release::BEGIN,
+        volumes::SCENARIOS,
+        certificates::SCENARIOS,
+        requests::SCENARIOS,
+        failures::SCENARIOS,
+        nodes::SCENARIOS,
+        release::END,
+    ]
+    .into_iter()
+    .flatten()
 }

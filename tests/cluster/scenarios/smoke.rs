@@ -2,16 +2,19 @@
 
 use anyhow::{Result, ensure};
 
-use super::Scenario;
-use crate::step;
+use super::{Scenario, When};
+use crate::kubectl::PATIENCE;
+use crate::report::step;
 use crate::testbed::Testbed;
+use crate::until;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario::new(
     "smoke::a_pod_on_each_node",
+    When::First,
     a_pod_on_each_node,
 )];
 
-fn a_pod_on_each_node(testbed: &mut Testbed) -> Result<()> {
+fn a_pod_on_each_node(testbed: &Testbed) -> Result<()> {
     let kubectl = testbed.kubectl.create_namespace("smoke")?;
     for node in &testbed.nodes {
         let name = format!("pod-{}", node.name);
@@ -41,8 +44,11 @@ spec:
                 .unwrap_or_default()
                 .to_owned(),
         );
-        let log = kubectl.run(&["logs", &name])?;
-        ensure!(log == "started\n", "{name} logged {log:?}");
+        step("its log can be read", || {
+            until("it says what it should", PATIENCE, || {
+                Ok((kubectl.run(&["logs", &name])? == "started\n").then_some(()))
+            })
+        })?;
     }
     step("pods reach each other", || {
         kubectl

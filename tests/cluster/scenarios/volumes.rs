@@ -1,36 +1,78 @@
 //! What a user does with volumes.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
 
-use super::Scenario;
-use crate::driver::{self, NAMESPACE};
-use crate::kubectl::Kubectl;
-use crate::process::{Process, output};
+use super::certificates::{make_certificates, put_secret};
+use super::{Scenario, When};
+use crate::driver::{self, NAMESPACE, STORAGE_NODE};
+use crate::kubectl::{Kubectl, PATIENCE};
+use crate::process::Process;
+use crate::report::step;
 use crate::testbed::Testbed;
 use crate::workload::{self, CLASS, Usage};
-use crate::{network, step};
+use crate::{network, until};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
-    Scenario::new("volumes::a_pod_moves_and_reads", a_pod_moves_and_reads),
-    Scenario::new("volumes::raw_block", raw_block),
-    Scenario::new("volumes::read_write_once_pod", read_write_once_pod),
-    Scenario::new("volumes::expanded_online", expanded_online),
-    Scenario::new("volumes::own_certificates", own_certificates),
-    Scenario::new("volumes::on_a_foreign_server", on_a_foreign_server),
-    Scenario::new("volumes::nothing_is_left", nothing_is_left),
+    // The longest first.
+    Scenario::new(
+        "volumes::expanded_online",
+        When::SideBySide,
+        expanded_online,
+    ),
+    Scenario::new(
+        "volumes::a_pod_moves_and_reads",
+        When::SideBySide,
+        a_pod_moves_and_reads,
+    ),
+    Scenario::new(
+        "volumes::on_a_foreign_server",
+        When::SideBySide,
+        on_a_foreign_server,
+    ),
+    Scenario::new("volumes::raw_block", When::SideBySide, raw_block),
+    Scenario::new(
+        "volumes::claim_deleted_while_in_use",
+        When::SideBySide,
+        claim_deleted_while_in_use,
+    ),
+    Scenario::new(
+        "volumes::read_write_once_pod",
+        When::SideBySide,
+        read_write_once_pod,
+    ),
+    Scenario::new("volumes::without_root", When::SideBySide, without_root),
 ];
 
-fn a_pod_moves_and_reads(testbed: &mut Testbed) -> Result<()> {
+fn a_pod_moves_and_reads(testbed: &Testbed) -> Result<()> {
     let kubectl = testbed.namespace("moves")?;
     moves(&kubectl, CLASS, Usage::FileSystem)?;
+    let volume = workload::volume_id(&kubectl, "data")?;
+    step("an Event on the claim tells what verification said", || {
+        let kind = "PersistentVolumeClaim";
+        kubectl.until_event(kind, "data", &["Verified", "passed every check", "node1"])
+    })?;
+    step(
+        "kubectl get nbdvolumes tells where the data is, and how it travels",
+        || {
+            until("it does", PATIENCE, || {
+                let row = kubectl.in_namespace(NAMESPACE).run(&[
+                    "get",
+                    "nbdvolume",
+                    &volume,
+                    "--no-headers",
+                ])?;
+                let tells = ["Ready", STORAGE_NODE, "TLS 1.3 in the kernel", "passed"];
+                Ok(tells.iter().all(|words| row.contains(words)).then_some(()))
+            })
+        },
+    )?;
     testbed.delete_namespace(&kubectl)
 }
 
-fn raw_block(testbed: &mut Testbed) -> Result<()> {
+fn raw_block(testbed: &Testbed) -> Result<()> {
     let kubectl = testbed.namespace("block")?;
     moves(&kubectl, CLASS, Usage::Block)?;
     testbed.delete_namespace(&kubectl)
@@ -52,7 +94,7 @@ fn moves(kubectl: &Kubectl, class: &str, usage: Usage) -> Result<()> {
     Ok(())
 }
 
-fn read_write_once_pod(testbed: &mut Testbed) -> Result<()> {
+fn read_write_once_pod(testbed: &Testbed) -> Result<()> {
     let kubectl = testbed.namespace("once-pod")?;
     kubectl.apply(&workload::claim_as(
         "data",
@@ -82,7 +124,7 @@ fn read_write_once_pod(testbed: &mut Testbed) -> Result<()> {
     testbed.delete_namespace(&kubectl)
 }
 
-fn expanded_online(testbed: &mut Testbed) -> Result<()> {
+fn expanded_online(testbed: &Testbed) -> Result<()> {
     let kubectl = testbed.namespace("grows")?;
     for (claim, usage) in [("files", Usage::FileSystem), ("blocks", Usage::Block)] {
         kubectl.apply(&workload::claim(claim, CLASS, usage))?;
@@ -90,17 +132,19 @@ fn expanded_online(testbed: &mut Testbed) -> Result<()> {
     }
     for claim in ["files", "blocks"] {
         step("a pod has its volume", || kubectl.until_pod_ready(claim))?;
+    }
+    for claim in ["files", "blocks"] {
         let patch = r#"{"spec":{"resources":{"requests":{"storage":"128Mi"}}}}"#;
         kubectl.run(&["patch", "pvc", claim, "--patch", patch])?;
     }
     step("the file system has grown in its pod", || {
-        crate::until("df says so", crate::kubectl::PATIENCE, || {
+        until("df says so", PATIENCE, || {
             let kib = kubectl.exec("files", "df -k /data | tail -n 1 | awk '{print $2}'")?;
             Ok((kib.trim().parse::<u64>()? > 100 << 10).then_some(()))
         })
     })?;
     step("the block device has grown in its pod", || {
-        crate::until("its size says so", crate::kubectl::PATIENCE, || {
+        until("its size says so", PATIENCE, || {
             let bytes = kubectl.exec("blocks", "blockdev --getsize64 /dev/data")?;
             Ok((bytes.trim() == (128 << 20).to_string()).then_some(()))
         })
@@ -113,111 +157,7 @@ fn expanded_online(testbed: &mut Testbed) -> Result<()> {
     testbed.delete_namespace(&kubectl)
 }
 
-fn own_certificates(testbed: &mut Testbed) -> Result<()> {
-    let kubectl = testbed.namespace("own-certificates")?;
-    let ours = kubectl.in_namespace(NAMESPACE);
-    kubectl.apply(&format!(
-        "---
-apiVersion: storage.k8s.io/v1
-kind: StorageClass
-metadata: {{name: own-certificates}}
-provisioner: csi.hawser.dev
-volumeBindingMode: WaitForFirstConsumer
-parameters:
-  certificates: secret
-  csi.storage.k8s.io/node-stage-secret-name: ${{pv.name}}-hawser-client
-  csi.storage.k8s.io/node-stage-secret-namespace: {NAMESPACE}
-  csi.storage.k8s.io/node-publish-secret-name: ${{pv.name}}-hawser-client
-  csi.storage.k8s.io/node-publish-secret-namespace: {NAMESPACE}
-"
-    ))?;
-    kubectl.apply(&workload::claim(
-        "data",
-        "own-certificates",
-        Usage::FileSystem,
-    ))?;
-    let claim = kubectl.object("pvc", "data")?.unwrap_or_default();
-    let volume = format!(
-        "pvc-{}",
-        claim["metadata"]["uid"].as_str().unwrap_or_default()
-    );
-    let digest =
-        output(Command::new("sh").args(["-c", "printf %s \"$1\" | sha256sum", "sh", &volume]))?;
-    let id = format!("vol-{}", &digest[..32]);
-    let folder = tempfile::tempdir()?;
-    let (server, client) = (
-        format!("DNS:{id}.server.hawser.dev"),
-        format!("DNS:{id}.client.hawser.dev"),
-    );
-    make_certificates(folder.path(), &server, &client)?;
-    let secrets = [
-        (format!("{id}-server"), "server"),
-        (format!("{volume}-hawser-client"), "client"),
-    ];
-    for (secret, who) in &secrets {
-        create_secret(&ours, secret, folder.path(), who)?;
-    }
-    kubectl.apply(&workload::pod("pod", "node2", "data", Usage::FileSystem))?;
-    step("a pod has its volume", || kubectl.until_pod_ready("pod"))?;
-    workload::write_something(&kubectl, "pod", Usage::FileSystem)?;
-    ensure!(
-        workload::volume_id(&kubectl, "data")? == id,
-        "the volume has another id"
-    );
-    testbed.delete_namespace(&kubectl)?;
-    kubectl.run(&["delete", "storageclass", "own-certificates"])?;
-    step("the volume is gone, and the Secrets are not", || {
-        ours.until_gone("nbdvolume", &id)
-    })?;
-    for (secret, _) in &secrets {
-        ours.run(&["delete", "secret", secret])?;
-    }
-    Ok(())
-}
-
-/// An authority, a server's certificate and a client's, for the names given.
-const CERTIFICATES: &str = r#"
-set -e
-cd "$1"
-new() { openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes "$@" 2>/dev/null; }
-new -x509 -days 2 -subj /CN=authority -keyout ca.key -out ca-cert.pem
-certify() {
-    new -subj "/CN=$1" -keyout "$1-key.pem" -out "$1.csr"
-    printf 'subjectAltName=%s\nextendedKeyUsage=%sAuth\n' "$2" "$1" >"$1.ext"
-    openssl x509 -req -days 2 -in "$1.csr" -CA ca-cert.pem -CAkey ca.key -CAcreateserial -extfile "$1.ext" \
-        -out "$1-cert.pem" 2>/dev/null
-}
-certify server "$2"
-certify client "$3"
-"#;
-
-fn make_certificates(folder: &Path, server: &str, client: &str) -> Result<()> {
-    output(
-        Command::new("sh")
-            .args(["-c", CERTIFICATES, "sh"])
-            .arg(folder)
-            .args([server, client]),
-    )
-    .map(drop)
-}
-
-fn create_secret(kubectl: &Kubectl, name: &str, folder: &Path, who: &str) -> Result<()> {
-    let file = |key: &str, name: &str| format!("--from-file={key}={}", folder.join(name).display());
-    kubectl
-        .run(&[
-            "create",
-            "secret",
-            "generic",
-            name,
-            "--type=kubernetes.io/tls",
-            &file("tls.key", &format!("{who}-key.pem")),
-            &file("tls.crt", &format!("{who}-cert.pem")),
-            &file("ca.crt", "ca-cert.pem"),
-        ])
-        .map(drop)
-}
-
-fn on_a_foreign_server(testbed: &mut Testbed) -> Result<()> {
+fn on_a_foreign_server(testbed: &Testbed) -> Result<()> {
     let kubectl = testbed.namespace("foreign")?;
     let folder = tempfile::tempdir()?;
     let disk = folder.path().join("disk");
@@ -248,7 +188,7 @@ fn on_a_foreign_server(testbed: &mut Testbed) -> Result<()> {
             .arg(&disk),
     )?;
     let ours = kubectl.in_namespace(NAMESPACE);
-    create_secret(&ours, "foreign-client", folder.path(), "client")?;
+    put_secret(&ours, "foreign-client", folder.path(), "client")?;
     kubectl.apply(&format!(
         "---
 apiVersion: v1
@@ -277,47 +217,96 @@ spec:
     Ok(())
 }
 
-fn nothing_is_left(testbed: &mut Testbed) -> Result<()> {
-    let kubectl = testbed.namespace("nothing")?;
+/// The pod goes on; when it goes, the volume goes, and nothing of it is left.
+fn claim_deleted_while_in_use(testbed: &Testbed) -> Result<()> {
+    let kubectl = testbed.namespace("deleted")?;
     let ours = kubectl.in_namespace(NAMESPACE);
     kubectl.apply(&workload::claim("data", CLASS, Usage::FileSystem))?;
     kubectl.apply(&workload::pod("pod", "node2", "data", Usage::FileSystem))?;
     step("a pod has its volume", || kubectl.until_pod_ready("pod"))?;
     let volume = workload::volume_id(&kubectl, "data")?;
     ensure!(
-        driver::backing(&mut testbed.nodes, &volume)?.contains(&volume),
+        driver::backing(&testbed.nodes, &volume)?.contains(&volume),
         "{volume} has no directory while it is in use"
     );
-    kubectl.delete("pod", "pod")?;
     kubectl.delete("pvc", "data")?;
+    step("the pod goes on when its claim is deleted", || {
+        kubectl.until("pvc", "data", "is being deleted", |claim| {
+            claim["metadata"]["deletionTimestamp"].is_string()
+        })?;
+        workload::write_something(&kubectl, "pod", Usage::FileSystem)
+    })?;
+    kubectl.delete("pod", "pod")?;
     let selector = format!("hawser.dev/volume={volume}");
-    step("the volume is gone", || {
+    step("the volume is gone when the pod is", || {
         kubectl.until_gone("pvc", "data")?;
         ours.until_gone("nbdvolume", &volume)?;
-        crate::until(
-            &format!("nothing is labelled {selector}"),
-            crate::kubectl::PATIENCE,
-            || {
-                let left = ours.run(&[
-                    "get",
-                    "pods,statefulsets,secrets,services",
-                    "--selector",
-                    &selector,
-                    "-o",
-                    "name",
-                ])?;
-                let volumes = kubectl.run(&["get", "pv,volumeattachments", "-o", "json"])?;
-                Ok((left.trim().is_empty() && !volumes.contains(&volume)).then_some(()))
-            },
-        )
+        for kind in ["pod", "statefulset", "secret"] {
+            until(
+                &format!("no {kind} is labelled {selector}"),
+                PATIENCE,
+                || Ok(ours.objects(kind, &selector)?.is_empty().then_some(())),
+            )?;
+        }
+        until("it is attached to nothing", PATIENCE, || {
+            let mut left = kubectl.objects("pv", "")?;
+            left.extend(kubectl.objects("volumeattachment", "")?);
+            let left = serde_json::Value::from(left).to_string();
+            Ok((!left.contains(&volume)).then_some(()))
+        })
     })?;
-    let left = driver::backing(&mut testbed.nodes, &volume)?;
+    let left = driver::backing(&testbed.nodes, &volume)?;
     ensure!(left.is_empty(), "on the storage node is left: {left}");
-    for node in &mut testbed.nodes {
+    for node in &testbed.nodes {
         let left = node.shell(&format!(
             "grep -r -l -s '{volume}' /var/lib/hawser /proc/mounts /sys/block/nbd*/backend || true"
         ))?;
         ensure!(left.is_empty(), "on {} is left: {left}", node.name);
     }
+    testbed.delete_namespace(&kubectl)
+}
+
+/// Who may write is the file system's to say, and a group given by the pod is given to the volume.
+fn without_root(testbed: &Testbed) -> Result<()> {
+    let kubectl = testbed.namespace("without-root")?;
+    let pod = |name: &str, context: &str, mount: &str| {
+        workload::pod("pod", "node2", "data", Usage::FileSystem)
+            .replace(
+                "metadata: {name: pod}",
+                &format!("metadata: {{name: {name}}}"),
+            )
+            .replace(
+                "spec:\n",
+                &format!("spec:\n  securityContext: {{{context}}}\n"),
+            )
+            .replace("mountPath: /data", &format!("mountPath: /data{mount}"))
+    };
+    kubectl.apply(&workload::claim("data", CLASS, Usage::FileSystem))?;
+    kubectl.apply(&pod("nobody", "runAsNonRoot: true, runAsUser: 1000", ""))?;
+    let touch = |pod: &str| kubectl.exec(pod, "touch /data/file 2>&1 || true");
+    step(
+        "a user without rights is refused by the file system",
+        || {
+            kubectl.until_pod_ready("nobody")?;
+            let said = touch("nobody")?;
+            ensure!(said.contains("Permission denied"), "{said:?}");
+            Ok(())
+        },
+    )?;
+    let group = "runAsNonRoot: true, runAsUser: 1000, fsGroup: 2000";
+    kubectl.apply(&pod("group", group, ""))?;
+    kubectl.apply(&pod("reader", group, ", readOnly: true"))?;
+    step("one of the group that the pod names is not", || {
+        kubectl.until_pod_ready("group")?;
+        let said = touch("group")?;
+        ensure!(said.is_empty(), "{said:?}");
+        Ok(())
+    })?;
+    step("a mount that is to be read-only is", || {
+        kubectl.until_pod_ready("reader")?;
+        let said = touch("reader")?;
+        ensure!(said.contains("Read-only file system"), "{said:?}");
+        Ok(())
+    })?;
     testbed.delete_namespace(&kubectl)
 }
