@@ -5,9 +5,9 @@ export HAWSER_CACHE ?= $(HOME)/.cache/hawser
 install = @tests/support/install
 
 # What `make test` runs, in this order: what fails soonest comes first.
-TIERS = check deny chart fuzz csi server verify peers standalone kernel
+TIERS = check deny chart fuzz csi server verify peers standalone api kernel e2e
 
-.PHONY: test demo sanity figures bench api $(TIERS)
+.PHONY: test demo sanity figures bench $(TIERS)
 
 test:
 	@tests/support/tiers $(TIERS)
