@@ -112,6 +112,7 @@ pub struct NbdPoolStatus {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PoolNode {
+    /// The node's name.
     pub name: String,
     /// Bytes that may be promised altogether.
     #[serde(default)]

@@ -64,6 +64,33 @@ fn crds_are_structural() {
     }
 }
 
+/// The paths of fields of which `kubectl explain` would say nothing.
+fn unexplained(path: &str, schema: &serde_json::Value, found: &mut Vec<String>) {
+    for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+        let path = format!("{path}.{name}");
+        if field["description"].as_str().is_none_or(str::is_empty) {
+            found.push(path.clone());
+        }
+        unexplained(&path, field, found);
+    }
+    if schema["items"].is_object() {
+        unexplained(&format!("{path}[]"), &schema["items"], found);
+    }
+}
+
+#[test]
+fn every_field_explains_itself() {
+    let mut found = Vec::new();
+    for definition in definitions() {
+        let definition = serde_json::to_value(definition).unwrap();
+        let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        let kind = definition["spec"]["names"]["kind"].as_str().unwrap();
+        assert!(schema["description"].is_string(), "{kind}");
+        unexplained(kind, schema, &mut found);
+    }
+    assert_eq!(found, Vec::<String>::new());
+}
+
 #[test]
 fn the_chart_has_the_crds_of_this_code() {
     assert!(

@@ -116,11 +116,13 @@ pub enum Source {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Issuer {
+    /// What it is called.
     #[schemars(length(min = 1, max = 253))]
     pub name: String,
     /// `Issuer` (in the driver's namespace) or `ClusterIssuer`.
     #[schemars(length(min = 1, max = 63))]
     pub kind: String,
+    /// The API group of an external issuer.
     #[serde(default = "cert_manager")]
     #[schemars(length(min = 1, max = 253))]
     pub group: String,
@@ -137,11 +139,13 @@ fn cert_manager() -> String {
 #[x_kube(validation = Rule::new("self.node == oldSelf.node && self.readOnly == oldSelf.readOnly && self.mode == oldSelf.mode").message("an attachment is immutable; make another one"))]
 #[x_kube(validation = Rule::new("!oldSelf.revoked || self.revoked").message("an attachment that was revoked stays so"))]
 pub struct VolumeAttachment {
+    /// Random, and never used again: the server knows the attachment by it.
     #[schemars(length(max = 36), regex(pattern = r"^att-[0-9a-f]{32}$"))]
     pub id: String,
     /// The node's name.
     #[schemars(length(min = 1, max = 253))]
     pub node: String,
+    /// Whether the server refuses its writes.
     #[serde(default)]
     pub read_only: bool,
     pub mode: AccessMode,
@@ -169,6 +173,8 @@ impl TryFrom<&VolumeAttachment> for Attachment {
 pub struct NbdVolumeStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
+    /// BackingReady (the agent's), CertificatesReady, ServerReady and Ready (the controller's): each with a reason, and a
+    /// message for people.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
@@ -198,6 +204,7 @@ pub struct NbdVolumeStatus {
     /// What verification said of the attachments, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verified: Option<String>,
+    /// What became of each attachment in spec.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("maxItems" = 256))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["id".into()]))]
@@ -222,6 +229,7 @@ pub enum Phase {
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("self == oldSelf || oldSelf.state == 'never' || (oldSelf.state == 'started' && self.state != 'never')").message("formatting only moves forward: a formatted volume would be formatted again"))]
 pub struct FormatStatus {
+    /// `never`, `started` or `done`. A volume is formatted only while this is not `done`.
     pub state: FormatState,
     /// The file system, once formatting was started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -264,8 +272,10 @@ impl From<&FormatStatus> for Format {
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("!has(oldSelf.state) || oldSelf.state != 'Revoked' || (has(self.state) && self.state == 'Revoked')").message("an attachment that was revoked stays so"))]
 pub struct AttachmentStatus {
+    /// The attachment's id in spec.
     #[schemars(length(max = 36))]
     pub id: String,
+    /// What the server was told last, and has confirmed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<AttachmentState>,
     /// How the data travels: `kernel TLS 1.3`, say.
