@@ -1,16 +1,18 @@
 //! `hawser hook`: what the Helm chart runs before an upgrade and before an uninstall.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::Subcommand;
+use k8s_openapi::api::storage::v1::VolumeAttachment;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt};
 
 use super::api::{self, NbdVolume};
 use super::apply::{apply, is_not_found};
+use crate::csi::DRIVER_NAME;
 
 /// Helm itself never changes a definition after the first install; this does it in its name.
 const MANAGER: &str = "helm";
@@ -59,7 +61,13 @@ async fn upgrade_crds(client: Client) -> anyhow::Result<()> {
         let name = definition.name_any();
         apply(&definitions, MANAGER, &definition)
             .await
-            .with_context(|| format!("bring the definition {name} to this version"))?;
+            .with_context(|| {
+                format!(
+                    "the definition {name} is not of this version: nothing else was changed yet. Do it by hand, with \
+                     `kubectl apply --server-side --force-conflicts -f` and the file in the chart's crds/, and upgrade \
+                     again with hooks.upgradeCRDs=false"
+                )
+            })?;
         tracing::info!(name, "this definition is of this version now");
     }
     Ok(())
@@ -67,36 +75,47 @@ async fn upgrade_crds(client: Client) -> anyhow::Result<()> {
 
 /// Refuses where pods would be left with volumes that nobody reconnects or detaches.
 async fn guard_uninstall(client: Client, namespace: &str) -> anyhow::Result<()> {
-    let volumes: Api<NbdVolume> = Api::namespaced(client, namespace);
+    let mut used: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let volumes: Api<NbdVolume> = Api::namespaced(client.clone(), namespace);
     let volumes = match volumes.list(&ListParams::default()).await {
-        Ok(volumes) => volumes,
+        Ok(volumes) => volumes.items,
         // Without a definition there is no volume.
-        Err(error) if is_not_found(&error) => return Ok(()),
+        Err(error) if is_not_found(&error) => Vec::new(),
         Err(error) => return Err(error).context("list the volumes"),
     };
-    let mut used = BTreeMap::new();
-    for volume in volumes {
-        let nodes: Vec<_> = volume
-            .spec
-            .attachments
-            .iter()
-            .map(|at| at.node.as_str())
-            .collect();
-        if !nodes.is_empty() {
-            used.insert(volume.spec.name.clone(), nodes.join(", "));
+    for NbdVolume { spec, .. } in volumes {
+        for attachment in spec.attachments {
+            let nodes = used.entry(spec.name.clone()).or_default();
+            nodes.insert(attachment.node);
         }
     }
-    if used.is_empty() {
-        return Ok(());
+    // Volumes on other servers are Kubernetes' alone.
+    let attachments: Api<VolumeAttachment> = Api::all(client);
+    let attachments = attachments.list(&ListParams::default()).await;
+    for VolumeAttachment { spec, .. } in attachments.context("list the VolumeAttachments")? {
+        if spec.attacher == DRIVER_NAME
+            && let Some(volume) = spec.source.persistent_volume_name
+        {
+            used.entry(volume).or_default().insert(spec.node_name);
+        }
     }
+    match used.is_empty() {
+        true => Ok(()),
+        false => bail!("{}", refusal(&used)),
+    }
+}
+
+/// Why an uninstall is refused, and what to do: `used` are PersistentVolumes, and the nodes that have them.
+fn refusal(used: &BTreeMap<String, BTreeSet<String>>) -> String {
     let mut list = String::new();
     for (name, nodes) in used.iter().take(NAMED) {
-        list += &format!("\n  {name} on {nodes}");
+        let nodes: Vec<_> = nodes.iter().map(String::as_str).collect();
+        list += &format!("\n  {name} on {}", nodes.join(", "));
     }
     if used.len() > NAMED {
         list += &format!("\n  and {} more", used.len() - NAMED);
     }
-    bail!(
+    format!(
         "volumes are attached, and their pods would lose them for good when a connection breaks: {}{list}\nDelete the \
          pods that use these PersistentVolumes, and uninstall again; or keep the driver: `helm rollback` to the newest \
          revision. `helm uninstall --no-hooks` goes on all the same; no data is deleted, and installing the chart again \
@@ -115,13 +134,40 @@ mod tests {
 
     use super::*;
 
-    /// A cluster that answers every request with `answer`, and the requests that it got.
+    /// A cluster that answers every request with `answer`, and the requests that it got. Nothing is attached in it,
+    /// other than what `answer` says of NbdVolumes.
     fn cluster(status: StatusCode, answer: Value) -> (Client, Arc<Mutex<Vec<String>>>) {
+        cluster_with(status, answer, &[])
+    }
+
+    /// One with these VolumeAttachments: driver, PersistentVolume, node.
+    fn cluster_with(
+        status: StatusCode,
+        answer: Value,
+        attached: &[[&str; 3]],
+    ) -> (Client, Arc<Mutex<Vec<String>>>) {
+        let attachments: Vec<_> = attached
+            .iter()
+            .map(|[attacher, volume, node]| {
+                json!({
+                    "metadata": {"name": volume},
+                    "spec": {"attacher": attacher, "nodeName": node, "source": {"persistentVolumeName": volume}},
+                })
+            })
+            .collect();
+        let attachments = json!({
+            "apiVersion": "storage.k8s.io/v1", "kind": "VolumeAttachmentList", "metadata": {}, "items": attachments,
+        });
         let seen = Arc::new(Mutex::new(Vec::new()));
         let requests = Arc::clone(&seen);
         let service = tower::service_fn(move |request: Request<Body>| {
             let line = format!("{} {}", request.method(), request.uri());
+            let is_of_kubernetes = line.contains("/volumeattachments");
             requests.lock().unwrap().push(line);
+            let (status, answer) = match is_of_kubernetes {
+                true => (StatusCode::OK, &attachments),
+                false => (status, &answer),
+            };
             let body = Body::from(answer.to_string().into_bytes());
             let response = Response::builder().status(status).body(body).unwrap();
             async move { Ok::<_, std::convert::Infallible>(response) }
@@ -177,6 +223,54 @@ mod tests {
             .to_string();
         assert!(refused.contains("pvc-1 on node-a, node-b"), "{refused}");
         assert!(!refused.contains("idle"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn a_volume_on_a_server_that_is_not_ours_is_in_use_too() {
+        let attached = [
+            ["csi.hawser.dev", "legacy", "node-a"],
+            ["csi.example.org", "theirs", "node-b"],
+        ];
+        let (client, _) = cluster_with(StatusCode::OK, list(&[]), &attached);
+        let refused = guard_uninstall(client, "hawser-system").await.unwrap_err();
+        let refused = refused.to_string();
+        assert!(refused.contains("legacy on node-a"), "{refused}");
+        assert!(!refused.contains("theirs"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_says_what_to_do() {
+        let attached = [["csi.hawser.dev", "pvc-1", "node-a"]];
+        let (client, _) = cluster_with(
+            StatusCode::OK,
+            list(&[volume("pvc-1", &["node-a"])]),
+            &attached,
+        );
+        let refused = guard_uninstall(client, "hawser-system").await.unwrap_err();
+        let refused = refused.to_string();
+        // One volume, though both tell of it.
+        assert!(
+            refused.contains("breaks: 1\n  pvc-1 on node-a\n"),
+            "{refused}"
+        );
+        for way in ["Delete the pods", "helm rollback", "--no-hooks"] {
+            assert!(refused.contains(way), "{way}: {refused}");
+        }
+
+        let denied = json!({
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": "not for you",
+            "reason": "Forbidden", "code": 403,
+        });
+        let (client, _) = cluster(StatusCode::FORBIDDEN, denied);
+        let failed = format!("{:#}", upgrade_crds(client).await.unwrap_err());
+        for word in [
+            "nbdpools.hawser.dev",
+            "kubectl apply --server-side",
+            "hooks.upgradeCRDs=false",
+            "not for you",
+        ] {
+            assert!(failed.contains(word), "{word}: {failed}");
+        }
     }
 
     #[tokio::test]
