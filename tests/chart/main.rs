@@ -13,6 +13,7 @@ mod arguments;
 mod conformity;
 mod documents;
 mod generated;
+mod image;
 mod rights;
 mod tool;
 mod values;
