@@ -1,7 +1,6 @@
 //! What every long-lived role has in common: its endpoint, the signals that end it, serving until then, and health.
 
 use std::future::Future;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -16,6 +15,8 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
 use tokio_stream::wrappers::UnixListenerStream;
+
+use crate::listen::Listen;
 
 /// How long calls that are under way may take to be answered at the end. Kubernetes kills a pod after 30 s.
 const ANSWERS: Duration = Duration::from_secs(25);
@@ -149,11 +150,13 @@ async fn too_long(answered: tokio::sync::oneshot::Receiver<()>) {
 /// Answers `GET /healthz` with what `live` says, and `/readyz` with what `ready` does: 200, or 503 and what is wrong.
 /// Returns when it listens, and answers for as long as the process lives.
 pub async fn serve_health(
-    address: SocketAddr,
+    listen: Listen,
     live: impl Check,
     ready: impl Check,
 ) -> std::io::Result<()> {
-    let listener = TcpListener::bind(address).await?;
+    let listener = listen.bind()?;
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
     let router = health(live, ready, CHECK);
     tokio::spawn(async move { axum::serve(listener, router).await });
     Ok(())

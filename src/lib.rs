@@ -12,6 +12,8 @@ pub mod daemon;
 pub mod demo;
 pub mod filesystem;
 pub mod kube;
+pub mod listen;
+pub mod metrics;
 pub mod nbd;
 pub mod node;
 pub mod proto;

@@ -292,7 +292,7 @@ pub struct Volume {
 }
 
 /// Room left for new volumes, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Capacity {
     pub available_bytes: u64,
     pub maximum_volume_bytes: u64,
@@ -459,6 +459,11 @@ pub trait NodeVolumes: Send + Sync + 'static {
     /// Takes note of what came of an attach. It waits for nobody.
     fn note_attach(&self, id: &VolumeId, note: AttachNote) {
         let _ = (id, note);
+    }
+
+    /// Takes note of an attempt to put new connections in the places of those that died: whether there are some now.
+    fn note_reconnect(&self, id: &VolumeId, mended: bool) {
+        let _ = (id, mended);
     }
 
     /// Takes note of a client Secret that was brought and cannot be used: the one before stays in use.

@@ -1,6 +1,5 @@
 //! `hawser agent`: from the command line to the end of the process.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -14,6 +13,8 @@ use tokio::sync::mpsc;
 use super::{Agent, queue};
 use crate::daemon::{self, Stop};
 use crate::kube::follow::follow;
+use crate::listen::Listen;
+use crate::metrics;
 
 /// The keeper of the pools on a storage node: makes, grows and deletes volumes, and tells their servers who may connect.
 #[derive(Debug, clap::Args)]
@@ -28,8 +29,10 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = "/")]
     host_root: PathBuf,
     /// Where to answer health checks, over HTTP.
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    health: Option<SocketAddr>,
+    #[arg(long, value_name = "[ADDRESS]:PORT")]
+    health: Option<Listen>,
+    #[command(flatten)]
+    metrics: metrics::Args,
 }
 
 /// Works until told to stop.
@@ -52,7 +55,8 @@ async fn work(args: Args) -> anyhow::Result<()> {
         &args.host_root,
         ask,
     ));
-    if let Some(address) = args.health {
+    args.metrics.serve(agent.metrics.exposition()).await?;
+    if let Some(listen) = args.health {
         let heard = agent.heard.subscribe();
         let ready = move || {
             let heard = *heard.borrow();
@@ -63,9 +67,9 @@ async fn work(args: Args) -> anyhow::Result<()> {
                 }
             }
         };
-        daemon::serve_health(address, || async { Ok(()) }, ready)
+        daemon::serve_health(listen, || async { Ok(()) }, ready)
             .await
-            .with_context(|| format!("answer health checks on {address}"))?;
+            .with_context(|| format!("answer health checks on {listen}"))?;
     }
     let this_node = watcher::Config::default().fields(&format!("metadata.name={}", args.node));
     let (one, two, three) = (Arc::clone(&agent), Arc::clone(&agent), Arc::clone(&agent));

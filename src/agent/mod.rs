@@ -7,10 +7,11 @@
 //! - `decide`: what is to be done, as pure functions
 //! - `pools`, `volume`: doing it on disk and at the servers
 //! - `queue`, `reconcile`: when, and what is said of it
-//! - `survey`: what is said of the pools
+//! - `survey`: what is said of the pools; `metrics`: what is measured
 
 mod command;
 mod decide;
+pub(crate) mod metrics;
 mod pools;
 mod queue;
 mod reconcile;
@@ -28,6 +29,7 @@ use tokio::sync::{Notify, mpsc, watch};
 
 pub use self::command::{Args, run};
 
+use self::metrics::Metrics;
 use self::pools::{PoolError, Pools};
 use crate::kube::api::{NbdPool, NbdVolume};
 use crate::kube::follow::Seen;
@@ -53,6 +55,7 @@ struct Agent {
     changed: Notify,
     /// The orphans of each pool that the log has.
     told_orphans: Mutex<BTreeMap<String, Vec<String>>>,
+    metrics: Metrics,
 }
 
 /// What the API server has, as far as it concerns this node.
@@ -115,6 +118,7 @@ impl Agent {
             ask,
             changed: Notify::new(),
             told_orphans: Mutex::default(),
+            metrics: Metrics::default(),
         }
     }
 

@@ -57,7 +57,13 @@ impl Agent {
         let Some(object) = self.volume(&id) else {
             return Looked::Nothing;
         };
-        match tokio::time::timeout(super::LOOK, self.reconcile(&id, &object)).await {
+        let looked = self.look_at(&id, &object).await;
+        self.metrics.looked(looked != Looked::Badly);
+        looked
+    }
+
+    async fn look_at(self: &Arc<Self>, id: &VolumeId, object: &NbdVolume) -> Looked {
+        match tokio::time::timeout(super::LOOK, self.reconcile(id, object)).await {
             Ok(Ok(looked)) => looked,
             Ok(Err(error)) if is_conflict(&error) => Looked::Badly,
             Ok(Err(error)) => {

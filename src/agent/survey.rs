@@ -7,10 +7,12 @@ use std::time::Duration;
 use kube::ResourceExt;
 
 use super::Agent;
+use super::metrics::Share;
 use crate::daemon::chain;
 use crate::kube::api::{NbdPool, NbdPoolStatus, PoolNode, agent_manager, now};
 use crate::kube::apply::{apply_status, is_not_found};
 use crate::storage::{Pool, StorageError};
+use crate::volumes::Capacity;
 
 /// How often the pools are surveyed when nothing changes: the controller takes an agent that is silent for longer for
 /// gone.
@@ -29,6 +31,8 @@ impl Agent {
         let _ = heard.wait_for(|heard| heard.everything()).await;
         loop {
             let pools: Vec<_> = self.seen().pools.values().cloned().collect();
+            self.metrics
+                .retain(|name| pools.iter().any(|pool| pool.name_any() == name));
             for pool in pools {
                 if let Err(error) = self.survey_one(&pool).await {
                     let (pool, error) = (pool.name_any(), chain(&error));
@@ -54,14 +58,16 @@ impl Agent {
             let mut nodes = status.nodes.iter();
             nodes.any(|node| node.name == self.node)
         });
-        if !is_selected && volumes == 0 && !told {
+        // Else not a node of this pool any more, and nothing of it is here.
+        let share = match is_selected || volumes > 0 {
+            true => Some(self.share(&name, is_selected, volumes).await),
+            false => None,
+        };
+        self.metrics.surveyed(&name, share.clone());
+        if share.is_none() && !told {
             return Ok(());
         }
-        let nodes = match is_selected || volumes > 0 {
-            true => vec![self.share(&name, is_selected, volumes).await],
-            // Not a node of this pool any more, and nothing of it is here.
-            false => Vec::new(),
-        };
+        let nodes = share.map(|share| share.told).into_iter().collect();
         let status = NbdPoolStatus {
             nodes,
             ..NbdPoolStatus::default()
@@ -75,8 +81,8 @@ impl Agent {
         }
     }
 
-    async fn share(self: &Arc<Self>, name: &str, is_selected: bool, volumes: usize) -> PoolNode {
-        let share = PoolNode {
+    async fn share(self: &Arc<Self>, name: &str, is_selected: bool, volumes: usize) -> Share {
+        let told = PoolNode {
             name: self.node.clone(),
             volumes: u32::try_from(volumes).unwrap_or(u32::MAX),
             last_seen: Some(now()),
@@ -85,25 +91,25 @@ impl Agent {
         let pool = match self.open(name).await {
             Ok(pool) => pool,
             Err(error) => {
-                return PoolNode {
+                return Share::of(PoolNode {
                     message: error.to_string(),
-                    ..share
-                };
+                    ..told
+                });
             }
         };
         let measured = tokio::task::spawn_blocking({
             let pool = Arc::clone(&pool);
             move || measure(&pool)
         });
-        let (capacity, room) = match measured.await {
+        let measured = match measured.await {
             Ok(Ok(measured)) => measured,
             Ok(Err(error)) => {
-                return PoolNode {
+                return Share::of(PoolNode {
                     message: chain(&error),
-                    ..share
-                };
+                    ..told
+                });
             }
-            Err(_) => return share,
+            Err(_) => return Share::of(told),
         };
         let orphans = self.orphans(&pool);
         let mut message = String::new();
@@ -117,18 +123,22 @@ impl Agent {
         if !is_selected {
             message = format!("the node is not selected any more, and keeps {volumes} volumes");
         }
-        PoolNode {
-            capacity_bytes: capacity,
-            available_bytes: if is_selected { room.available_bytes } else { 0 },
-            maximum_volume_bytes: if is_selected {
-                room.maximum_volume_bytes
-            } else {
-                0
+        let room = match is_selected {
+            true => measured.room,
+            false => Capacity::default(),
+        };
+        Share {
+            orphans: orphans.len(),
+            provisioned_bytes: measured.provisioned_bytes,
+            told: PoolNode {
+                capacity_bytes: measured.capacity_bytes,
+                available_bytes: room.available_bytes,
+                maximum_volume_bytes: room.maximum_volume_bytes,
+                healthy: is_selected,
+                message,
+                orphans: orphans.into_iter().take(NAMED).collect(),
+                ..told
             },
-            healthy: is_selected,
-            message,
-            orphans: orphans.into_iter().take(NAMED).collect(),
-            ..share
         }
     }
 
@@ -157,8 +167,19 @@ impl Agent {
     }
 }
 
-fn measure(pool: &Pool) -> Result<(u64, crate::volumes::Capacity), StorageError> {
-    Ok((pool.promisable()?, pool.capacity()?))
+struct Measured {
+    capacity_bytes: u64,
+    provisioned_bytes: u64,
+    room: Capacity,
+}
+
+fn measure(pool: &Pool) -> Result<Measured, StorageError> {
+    let volumes = pool.list(None, usize::MAX);
+    Ok(Measured {
+        capacity_bytes: pool.promisable()?,
+        provisioned_bytes: volumes.iter().map(|one| one.volume.size_bytes).sum(),
+        room: pool.capacity()?,
+    })
 }
 
 /// Whether labels are as a selector wants them.

@@ -27,7 +27,7 @@ mod session;
 mod system;
 mod watch;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -122,6 +122,18 @@ pub enum Transport {
     KernelTls,
     /// This process.
     Proxy,
+}
+
+/// How the connections of a device are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Links {
+    pub volume: VolumeId,
+    pub transport: Transport,
+    pub up: usize,
+    /// Those that died, and have no others in their places yet.
+    pub down: usize,
+    /// Whether the device was given up: its requests fail.
+    pub failed: bool,
 }
 
 /// Owns the kernel devices of this node. Cheap to clone.
@@ -230,6 +242,11 @@ impl Attacher {
         .await
     }
 
+    /// How the connections of all devices are. Blocks.
+    pub fn links(&self) -> Result<Vec<Links>, AttachError> {
+        self.0.links()
+    }
+
     /// Says that the volume's server is to be found elsewhere now. Sockets that live stay as they are.
     pub fn server_moved(&self, volume: &VolumeId) {
         self.0.moved(volume);
@@ -309,21 +326,52 @@ impl Inner {
         })
     }
 
-    /// How many of the device's sockets live.
+    /// Those of the device's sockets that live.
     fn live_sockets(&self, record: &Record) -> Result<Vec<u64>, AttachError> {
-        let live = match record.transport {
+        let live = self.living(record.transport)?;
+        let sockets = record.sockets.iter().copied();
+        Ok(sockets.filter(|inode| live.contains(inode)).collect())
+    }
+
+    /// All sockets that live, of devices and of others.
+    fn living(&self, transport: Transport) -> Result<HashSet<u64>, AttachError> {
+        match transport {
             Transport::KernelTls => self
                 .system
                 .established_sockets()
-                .map_err(AttachError::system("list the TCP sockets"))?,
-            Transport::Proxy => self.proxies.running(),
+                .map_err(AttachError::system("list the TCP sockets")),
+            Transport::Proxy => Ok(self.proxies.running()),
+        }
+    }
+
+    fn links(&self) -> Result<Vec<Links>, AttachError> {
+        let records = self
+            .records
+            .all()
+            .map_err(AttachError::system("list the devices' records"))?;
+        if records.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (of_kernel, of_proxies) = (
+            self.living(Transport::KernelTls)?,
+            self.living(Transport::Proxy)?,
+        );
+        let links = |record: Record| {
+            let live = match record.transport {
+                Transport::KernelTls => &of_kernel,
+                Transport::Proxy => &of_proxies,
+            };
+            let up = record.sockets.iter().filter(|one| live.contains(one));
+            let up = up.count();
+            Links {
+                down: usize::from(record.connections).saturating_sub(up),
+                failed: record.failed.is_some(),
+                transport: record.transport,
+                volume: record.volume,
+                up,
+            }
         };
-        Ok(record
-            .sockets
-            .iter()
-            .copied()
-            .filter(|inode| live.contains(inode))
-            .collect())
+        Ok(records.into_iter().map(links).collect())
     }
 }
 

@@ -383,6 +383,11 @@ async fn look_after(
                 look
             }
         };
+        match look {
+            Ok(Look::Mended) => inner.volumes.note_reconnect(&backend.volume, true),
+            Err(_) => inner.volumes.note_reconnect(&backend.volume, false),
+            Ok(Look::Whole | Look::Over) => {}
+        }
         drop(inner);
         let rest = match look {
             Ok(Look::Over) => {

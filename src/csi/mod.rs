@@ -18,11 +18,14 @@ mod status;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use axum::middleware::from_fn_with_state;
+use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
 
 pub use self::node::Devices;
 pub(crate) use self::status::chain;
+use crate::metrics::{Calls, observe};
 use crate::proto::csi::controller_server::ControllerServer;
 use crate::proto::csi::identity_server::IdentityServer;
 use crate::proto::csi::node_server::NodeServer;
@@ -42,6 +45,8 @@ pub struct Services {
     pub controller: Option<Arc<dyn Volumes>>,
     /// Serves the Node service.
     pub node: Option<NodeServices>,
+    /// Counts the calls.
+    pub calls: Calls,
 }
 
 /// What the Node service stands on.
@@ -68,10 +73,17 @@ pub fn router(services: Services) -> Router {
     };
     let controller = services.controller.map(controller::ControllerService::new);
     let node = services.node.map(node::NodeService::new);
-    Server::builder()
-        .add_service(IdentityServer::new(identity))
-        .add_optional_service(controller.map(ControllerServer::new))
-        .add_optional_service(node.map(NodeServer::new))
+    let mut routes = Routes::new(IdentityServer::new(identity));
+    if let Some(controller) = controller {
+        routes = routes.add_service(ControllerServer::new(controller));
+    }
+    if let Some(node) = node {
+        routes = routes.add_service(NodeServer::new(node));
+    }
+    let observed = routes
+        .into_axum_router()
+        .layer(from_fn_with_state(services.calls, observe));
+    Server::builder().add_routes(observed.into())
 }
 
 #[cfg(test)]
@@ -80,11 +92,12 @@ mod tests {
     use tonic::Code;
 
     use super::*;
+    use crate::metrics::Exposition;
     use crate::proto::csi::controller_client::ControllerClient;
     use crate::proto::csi::identity_client::IdentityClient;
     use crate::proto::csi::{
-        CreateSnapshotRequest, GetPluginCapabilitiesRequest, GetPluginInfoRequest,
-        ListVolumesRequest, ProbeRequest,
+        CreateSnapshotRequest, DeleteVolumeRequest, GetPluginCapabilitiesRequest,
+        GetPluginInfoRequest, ListVolumesRequest, ProbeRequest,
     };
     use crate::proto::socket;
 
@@ -95,12 +108,14 @@ mod tests {
             Some(Arc::new(memory::Memory::default()) as Arc<dyn Volumes>),
         ] {
             let has_controller = controller.is_some();
+            let calls = Calls::default();
             let directory = tempfile::tempdir().unwrap();
             let path = directory.path().join("csi.sock");
             let listener = UnixListenerStream::new(socket::bind(&path).unwrap());
             let services = Services {
                 controller,
                 node: None,
+                calls: calls.clone(),
             };
             let server = tokio::spawn(router(services).serve_with_incoming(listener));
             let channel = socket::connect(&path).await.unwrap();
@@ -124,7 +139,27 @@ mod tests {
                 .create_snapshot(CreateSnapshotRequest::default())
                 .await;
             assert_eq!(undeclared.unwrap_err().code(), Code::Unimplemented);
+            let deleted = client.delete_volume(DeleteVolumeRequest::default()).await;
+            assert!(deleted.is_err());
             server.abort();
+
+            let mut exposition = Exposition::new();
+            calls.tell(&mut exposition);
+            let text = exposition.text().unwrap();
+            let counted = |method: &str, code: &str| {
+                let labels = format!("{{method=\"{method}\",code=\"{code}\"}}");
+                let line = format!("hawser_csi_call_seconds_count{labels} 1\n");
+                text.contains(&line)
+            };
+            assert!(counted("Probe", "Ok"), "{text}");
+            // A method that is not served has no name here: callers could make up any.
+            assert!(!text.contains("CreateSnapshot"), "{text}");
+            assert_eq!(counted("ListVolumes", "Ok"), has_controller, "{text}");
+            assert_eq!(
+                counted("DeleteVolume", "InvalidArgument"),
+                has_controller,
+                "{text}"
+            );
         }
     }
 }

@@ -1,6 +1,5 @@
 //! `hawser node`: from the command line to the end of the process.
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,12 +12,15 @@ use tokio_util::sync::CancellationToken;
 
 use super::directory::Directory;
 use super::keyring::Keyring;
+use super::metrics::Metrics;
 use super::notes::{Herald, Notes};
 use super::registration::{Registered, Registrar, RegistrationSocket};
 use super::volumes::ClusterVolumes;
 use crate::attach::{self, Attacher};
 use crate::csi::{self, DRIVER_NAME, NodeServices};
 use crate::daemon::{self, Endpoint, Stop, chain};
+use crate::listen::Listen;
+use crate::metrics::{self, Calls};
 use crate::proto::csi::ProbeRequest;
 use crate::proto::csi::identity_client::IdentityClient;
 use crate::proto::socket;
@@ -52,8 +54,10 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = "/run/hawser")]
     run: PathBuf,
     /// Where to answer health checks, over HTTP.
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    health: Option<SocketAddr>,
+    #[arg(long, value_name = "[ADDRESS]:PORT")]
+    health: Option<Listen>,
+    #[command(flatten)]
+    metrics: metrics::Args,
     /// Volumes that can be attached here at one time; without it, as many as the kernel can have devices.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_volumes: Option<u32>,
@@ -74,13 +78,15 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         .context("find out how to reach the API server")?;
     let (directory, moved) = Directory::new();
     let (notes, taken) = Notes::new();
+    let (keyring, metrics) = (Arc::new(keyring(&args.run)), Metrics::default());
     let volumes: Arc<dyn NodeVolumes> = Arc::new(ClusterVolumes::new(
         &client,
         &args.namespace,
         &args.node,
         directory.clone(),
-        Arc::new(keyring(&args.run)),
+        Arc::clone(&keyring),
         notes,
+        metrics.clone(),
     ));
     let objects = Api::namespaced(client.clone(), &args.namespace);
     tokio::spawn(directory.follow(objects));
@@ -89,15 +95,17 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let maximum_volumes = args.max_volumes.unwrap_or_else(most_devices);
     let attacher = attacher(&args.state, Arc::clone(&volumes)).await?;
     tokio::spawn(follow_servers(attacher.clone(), moved));
+    let calls = Calls::default();
     let router = csi::router(csi::Services {
         controller: None,
         node: Some(NodeServices {
             node_id: args.node.clone(),
             maximum_volumes,
             volumes,
-            devices: Arc::new(attacher),
+            devices: Arc::new(attacher.clone()),
             state: args.state.join("volumes"),
         }),
+        calls: calls.clone(),
     });
     let path = args.endpoint.path();
     let listener = socket::listen(path)
@@ -105,8 +113,15 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         .with_context(|| format!("listen on {}", path.display()))?;
 
     let (registered, registration) = watch::channel(Registered::default());
-    if let Some(address) = args.health {
-        answer_health(address, path, registration).await?;
+    let is_registered = {
+        let registration = registration.clone();
+        move || *registration.borrow() == Registered::Yes
+    };
+    let links = move || attacher.links().unwrap_or_default();
+    let told = metrics.exposition(&calls, maximum_volumes, keyring, is_registered, links);
+    args.metrics.serve(told).await?;
+    if let Some(listen) = args.health {
+        answer_health(listen, path, registration).await?;
     }
     let ending = CancellationToken::new();
     let told = ending.clone();
@@ -180,7 +195,7 @@ async fn follow_servers(attacher: Attacher, mut moved: mpsc::UnboundedReceiver<V
 
 /// Alive is a plugin that answers on its socket and was not refused by the kubelet, ready one that was registered.
 async fn answer_health(
-    address: SocketAddr,
+    listen: Listen,
     socket: &Path,
     registration: watch::Receiver<Registered>,
 ) -> anyhow::Result<()> {
@@ -203,9 +218,9 @@ async fn answer_health(
             }
         }
     };
-    daemon::serve_health(address, live, ready)
+    daemon::serve_health(listen, live, ready)
         .await
-        .with_context(|| format!("answer health checks on {address}"))
+        .with_context(|| format!("answer health checks on {listen}"))
 }
 
 /// Asks the plugin on its own socket, as a kubelet would.

@@ -136,7 +136,7 @@ mod tests {
         let (directory, mut moved) = Directory::new();
         let now = Duration::ZERO;
         assert_eq!(directory.place(&id(1), now).await, Place::Unheard);
-        let (first, second) = ("10.0.0.1:10809", "10.0.0.2:10809");
+        let (first, second) = ("10.0.0.1:10809", "[2001:db8::2]:10809");
         directory.see(Seen::All(vec![volume(1, Some(first)), volume(2, None)]));
         assert_eq!(moved.try_recv(), Ok(id(1)));
         assert_eq!(directory.place(&id(2), now).await, Place::Nowhere);

@@ -128,6 +128,15 @@ impl Keyring {
         Some(parts)
     }
 
+    /// When the first of the certificates that were brought to this process ends, in seconds since 1970.
+    pub(super) fn first_end(&self) -> Option<i64> {
+        let secrets = locked(&self.secrets);
+        let certificates = secrets
+            .values()
+            .filter_map(|parts| parts.get(tls::CERTIFICATE));
+        certificates.filter_map(|pem| tls::end_of(pem)).min()
+    }
+
     /// Keeps where the volume's server is.
     pub(super) fn keep_place(&self, volume: &VolumeId, address: SocketAddr) {
         let before = locked(&self.places).insert(volume.clone(), address);

@@ -6,11 +6,12 @@
 //! - `registration`: making itself known to the kubelet
 //! - `volumes`: the installation as the Node service and the devices see it; `directory`, where servers are, and
 //!   `keyring`, what the kubelet brought, stand behind it
-//! - `notes`: what it says of attaches, in statuses and Events
+//! - `notes`: what it says of attaches, in statuses and Events; `metrics`: what it measures
 
 mod command;
 mod directory;
 mod keyring;
+pub(crate) mod metrics;
 mod notes;
 mod registration;
 mod volumes;

@@ -56,6 +56,14 @@ pub(super) struct Attached {
 }
 
 impl Note {
+    /// What verification came to, if this is of an attach.
+    pub(super) fn verification(&self) -> Option<&str> {
+        match self {
+            Self::Attached(attached) => Some(&attached.verification.result),
+            Self::RefusedSecret(_) | Self::Detached => None,
+        }
+    }
+
     pub(super) fn attached(note: AttachNote) -> Self {
         let report = note.report.as_deref();
         Self::Attached(Box::new(Attached {

@@ -13,6 +13,7 @@ use serde_json::json;
 
 use super::directory::{Directory, Place};
 use super::keyring::Keyring;
+use super::metrics::Metrics;
 use super::notes::{Note, Notes};
 use crate::admission::check_format;
 use crate::kube::api::{self, NODE, NbdVolume};
@@ -37,6 +38,7 @@ pub(super) struct ClusterVolumes {
     directory: Directory,
     keyring: Arc<Keyring>,
     notes: Notes,
+    metrics: Metrics,
 }
 
 impl ClusterVolumes {
@@ -47,6 +49,7 @@ impl ClusterVolumes {
         directory: Directory,
         keyring: Arc<Keyring>,
         notes: Notes,
+        metrics: Metrics,
     ) -> Self {
         Self {
             node: node.to_owned(),
@@ -55,6 +58,7 @@ impl ClusterVolumes {
             directory,
             keyring,
             notes,
+            metrics,
         }
     }
 
@@ -232,7 +236,15 @@ impl NodeVolumes for ClusterVolumes {
     }
 
     fn note_attach(&self, id: &VolumeId, note: AttachNote) {
-        self.notes.take(id, Note::attached(note));
+        let note = Note::attached(note);
+        if let Some(result) = note.verification() {
+            self.metrics.verified(result);
+        }
+        self.notes.take(id, note);
+    }
+
+    fn note_reconnect(&self, _: &VolumeId, mended: bool) {
+        self.metrics.reconnected(mended);
     }
 
     fn note_refused_secret(&self, id: &VolumeId, problem: &str) {

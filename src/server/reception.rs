@@ -23,6 +23,7 @@ use super::negotiation::{Established, Negotiation, Progress, Refused};
 use super::service::{Service, Telling};
 use super::session::{Ending, Session};
 use super::wake::Wake;
+use crate::listen;
 
 /// Connections that negotiate at a time.
 const NEGOTIATING: usize = 128;
@@ -146,7 +147,7 @@ impl Reception {
                 return;
             };
             let (socket, peer) = match listener.accept() {
-                Ok(accepted) => accepted,
+                Ok((socket, peer)) => (socket, listen::plain(peer)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
                     self.without_descriptors(&error);

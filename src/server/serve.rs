@@ -1,7 +1,7 @@
 //! `hawser serve`: from the command line to the end of the process.
 
 use std::io::Write;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
@@ -22,6 +22,7 @@ use super::reception::Reception;
 use super::service::Service;
 use super::subject::{OpenVolume, Subject};
 use super::wake::Wake;
+use crate::listen::Listen;
 use crate::nbd::ExportName;
 use crate::proto::control::control_server::ControlServer;
 use crate::tls::{self, Refresh, ServerOptions, ServerTls};
@@ -64,9 +65,9 @@ pub struct Args {
     /// tls.crt, tls.key and ca.crt, or the names libnbd and QEMU have for them. Read again when they change.
     #[arg(long, value_name = "DIR")]
     certificates: PathBuf,
-    /// Where to listen; port 0 takes a free one.
-    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:10809")]
-    listen: SocketAddr,
+    /// Where to listen; without an address everywhere. Port 0 takes a free one.
+    #[arg(long, value_name = "[ADDRESS]:PORT", default_value = ":10809")]
+    listen: Listen,
     /// Allow TLS 1.2 with AEAD ciphers, for userspace clients that have nothing newer.
     #[arg(long)]
     tls12: bool,
@@ -89,8 +90,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let tls12 = args.tls12;
     let tls = ServerTls::load(&args.certificates, ServerOptions { tls12, clients })?;
-    let listener =
-        TcpListener::bind(args.listen).with_context(|| format!("listen on {}", args.listen))?;
+    let listener = args.listen.bind();
+    let listener = listener.with_context(|| format!("listen on {}", args.listen))?;
     let address = listener.local_addr().context("find the address")?;
     tls::warm_up();
     let subject = args.subject()?;

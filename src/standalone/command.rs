@@ -13,6 +13,7 @@ use rustix::fs::Mode;
 use crate::attach::{self, Attacher};
 use crate::csi::{self, NodeServices};
 use crate::daemon::{self, Endpoint, Stop};
+use crate::metrics::Calls;
 use crate::proto::socket;
 use crate::storage::Overcommit;
 use crate::tls;
@@ -89,6 +90,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let router = csi::router(csi::Services {
         controller: Some(Arc::new(installation.clone())),
         node,
+        calls: Calls::default(),
     });
     let _ = writeln!(
         std::io::stdout(),

@@ -19,7 +19,7 @@ pub use self::client::{Profile, anonymous_client_config, client_config, trusting
 pub use self::error::{CertificateError, explain};
 pub use self::files::{read_secret, write_secret};
 pub use self::names::{certificate_names, client_identity, server_identity};
-pub use self::secret::{Secret, Side, authorities};
+pub use self::secret::{Secret, Side, authorities, end_of};
 pub use self::server::{Refresh, ServerOptions, ServerTls};
 
 use std::sync::Arc;

@@ -331,6 +331,14 @@ fn certificates(
 }
 
 /// What the handshake would refuse too, but with words that name the file. Returns names and end.
+/// When the first certificate in `pem` ends, in seconds since 1970, whether it has already or not.
+#[must_use]
+pub fn end_of(pem: &[u8]) -> Option<i64> {
+    let (_, pem) = x509_parser::pem::parse_x509_pem(pem).ok()?;
+    let certificate = pem.parse_x509().ok()?;
+    Some(certificate.validity().not_after.timestamp())
+}
+
 fn check(
     origin: &str,
     leaf: &CertificateDer<'_>,

@@ -59,6 +59,14 @@ fn given(root: &Value, node: &Value, value: &Value, at: &str, found: &mut BTreeS
     }
 }
 
+/// The paths of all values that the schema knows, each after a point.
+pub(crate) fn known_paths() -> BTreeSet<String> {
+    let schema = schema();
+    let mut found = BTreeSet::new();
+    known(&schema, &schema, "", &mut found);
+    found
+}
+
 #[test]
 fn values_and_schema_name_the_same() {
     let schema = schema();
@@ -93,6 +101,77 @@ fn what_the_schema_does_not_know_is_refused_by_name() {
         let refused = template(&["--set", wrong]).unwrap_err();
         assert!(refused.contains(name), "{wrong}: {refused}");
     }
+}
+
+/// Values that the schema takes, one by one, and that make no sense together.
+#[test]
+fn what_contradicts_itself_is_refused_and_the_message_says_what_to_do() {
+    let pools = |json: &str| format!("pools={json}");
+    let classes = |json: &str| format!("storageClasses={json}");
+    for (json, told) in [
+        (
+            r#"metrics={"podMonitor":{"enabled":true}}"#.to_owned(),
+            "need metrics.enabled",
+        ),
+        (
+            r#"metrics={"prometheusRule":{"enabled":true}}"#.to_owned(),
+            "need metrics.enabled",
+        ),
+        (
+            r#"metrics={"enabled":true,"port":9808}"#.to_owned(),
+            "controller.healthPort",
+        ),
+        (
+            r#"metrics={"enabled":true,"nodePort":19808}"#.to_owned(),
+            "node.healthPort",
+        ),
+        (
+            pools(r#"[{"name":"a","directory":"/a"},{"name":"a","directory":"/b"}]"#),
+            "two are called a",
+        ),
+        (
+            pools(
+                r#"[{"name":"a","directory":"/a","nodeSelector":{"b":"c"}},{"name":"b","directory":"/a"}]"#,
+            ),
+            "share the directory /a",
+        ),
+        (
+            classes(r#"[{"name":"a"},{"name":"a"}]"#),
+            "two are called a",
+        ),
+        (
+            classes(r#"[{"name":"a","default":true},{"name":"b","default":true}]"#),
+            "only one can be the default",
+        ),
+        (
+            classes(r#"[{"name":"a","parameters":{"pool":"b"}}]"#),
+            "say it as `pool`",
+        ),
+        (
+            classes(r#"[{"name":"a","parameters":{"csi.storage.k8s.io/fstype":"xfs"}}]"#),
+            "use `fsType`",
+        ),
+        (
+            classes(r#"[{"name":"a","parameters":{"certificates":"certManager","issuer":"b"}}]"#),
+            "set tls.certManager.enabled",
+        ),
+        (
+            classes(r#"[{"name":"a","clientSecret":"b"}]"#),
+            "clientSecret is of use only with",
+        ),
+    ] {
+        let refused = template(&["--set-json", &json]).expect_err(&json);
+        assert!(refused.contains(told), "{json}: {refused}");
+    }
+    let refused = template(&["--set=networkPolicy.enabled=true,metrics.enabled=true"]).unwrap_err();
+    assert!(refused.contains("networkPolicy.scrapers"), "{refused}");
+    let refused = template(&[
+        "--set=tls.certManager.enabled=true",
+        "--set-json",
+        r#"storageClasses=[{"name":"a","parameters":{"certificates":"certManager"}}]"#,
+    ]);
+    let refused = refused.unwrap_err();
+    assert!(refused.contains("parameters.issuer"), "{refused}");
 }
 
 #[test]
@@ -140,6 +219,33 @@ fn the_suites_of_helm_unittest_pass() {
     unittest.arg("--strict").arg(source("charts/hawser"));
     let said = run(&mut unittest, "").unwrap_or_else(|said| panic!("{said}"));
     assert!(said.contains("Charts:      1 passed, 1 total"), "{said}");
+}
+
+/// Nothing depends on what the release is called, or where it is.
+#[test]
+fn another_release_in_another_namespace_is_the_same_driver_there() {
+    let mut helm = program("helm");
+    helm.args(["template", "storage", "--namespace", "kube-storage"])
+        .arg(source("charts/hawser"))
+        .args(["--set=metrics.enabled=true,metrics.podMonitor.enabled=true"]);
+    let text = run(&mut helm, "").unwrap();
+    assert!(!text.contains("hawser-system"), "{text}");
+    let arguments = ["--set=metrics.enabled=true,metrics.podMonitor.enabled=true"];
+    let usual = template(&arguments).unwrap();
+    let names = |text: &str| -> Vec<(Value, Value)> {
+        let mut names: Vec<_> = yaml(text)
+            .iter()
+            .map(|object| (object["kind"].clone(), object["metadata"]["name"].clone()))
+            .collect();
+        names.sort_by_key(|(kind, name)| (kind.to_string(), name.to_string()));
+        names
+    };
+    assert_eq!(names(&text), names(&usual));
+    // The same text, but for the two names.
+    let renamed = text
+        .replace("kube-storage", "hawser-system")
+        .replace("instance: storage", "instance: hawser");
+    assert_eq!(renamed, usual);
 }
 
 #[test]

@@ -73,7 +73,7 @@ fn every_root_file_system_is_read_only_and_only_the_node_part_is_privileged() {
 fn the_agent_sees_the_pools_of_its_node_and_nothing_else() {
     let objects = render(&[
         "--set-json",
-        r#"pools=[{"name":"a","directory":"/data/a","nodeSelector":{"disk":"a"}},{"name":"b","directory":"/data/b"},{"name":"c","directory":"/data/a"}]"#,
+        r#"pools=[{"name":"a","directory":"/data/a","nodeSelector":{"disk":"a"}},{"name":"b","directory":"/data/b"},{"name":"c","directory":"/data/a","nodeSelector":{"disk":"c"}}]"#,
         "--set-json",
         r#"agent.directories=["/data/c"]"#,
     ]);

@@ -40,6 +40,17 @@ helm.sh/chart: {{ printf "%s-%s" $top.Chart.Name $top.Chart.Version | replace "+
 - --log-format={{ .Values.log.format }}
 {{- end -}}
 
+{{/* Where a role tells metrics: (list . PORT) */}}
+{{- define "hawser.metricsArgs" -}}
+{{- $values := (first .).Values.metrics -}}
+{{- if $values.enabled -}}
+- --metrics=:{{ last . }}
+{{- with $values.from }}
+- --metrics-from={{ join "," . }}
+{{- end }}
+{{- end -}}
+{{- end -}}
+
 {{/* A container that may do nothing to its node. */}}
 {{- define "hawser.confined" -}}
 allowPrivilegeEscalation: false

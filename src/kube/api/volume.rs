@@ -173,7 +173,7 @@ impl TryFrom<&VolumeAttachment> for Attachment {
 pub struct NbdVolumeStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
-    /// BackingReady (the agent's), CertificatesReady, ServerReady and Ready (the controller's): each with a reason, and a
+    /// BackingReady (the agent's), CertificatesReady, ServerReady, AgentReady and Ready (the controller's): each with a reason, and a
     /// message for people.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]

@@ -84,6 +84,8 @@ fn api(doing: impl Into<String>) -> impl FnOnce(kube::Error) -> SecretsError {
 pub(super) struct Ready {
     /// The server's Secret.
     pub(super) server: String,
+    /// When the first of them ends, in seconds since 1970.
+    pub(super) end: i64,
     /// When the first of them has to be looked at again, in seconds since 1970.
     pub(super) renew_at: i64,
 }
@@ -145,7 +147,7 @@ impl Certificates {
             name: client_secret(volume),
             identity: client_identity(id),
         };
-        let mut renew_at = i64::MAX;
+        let mut end = i64::MAX;
         // The clients' Secret of one's own is the StorageClass's, which only the kubelet reads.
         let sides = match source.source {
             Source::Secret => vec![&server],
@@ -171,12 +173,22 @@ impl Certificates {
                     self.given(wanted, &what).await?
                 }
             };
-            renew_at = renew_at.min(not_after - RENEW_BEFORE);
+            end = end.min(not_after);
         }
         Ok(Ready {
             server: server.name,
-            renew_at,
+            end,
+            renew_at: end - RENEW_BEFORE,
         })
+    }
+
+    /// When the managed authority ends, in seconds since 1970, if there is one.
+    pub(super) async fn authority_end(&self) -> Result<Option<i64>, SecretsError> {
+        let object = self.read(AUTHORITY).await?;
+        let data = object.and_then(|object| object.data).unwrap_or_default();
+        Ok(data
+            .get(CERTIFICATE)
+            .and_then(|pem| crate::tls::end_of(&pem.0)))
     }
 
     async fn read(&self, name: &str) -> Result<Option<SecretObject>, SecretsError> {

@@ -3,12 +3,12 @@
 //! Every controller answers the sidecars of its own pod; the loops that keep things are the Lease's holder's.
 
 mod certificates;
+pub(crate) mod metrics;
 mod pools;
 mod reconcile;
 mod server;
 mod status;
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -18,12 +18,15 @@ use std::time::Duration;
 use anyhow::Context as _;
 use kube::Client;
 
+use self::metrics::Metrics;
 use self::reconcile::Keeper;
 use self::server::ServerPods;
 use super::lease::{self, Candidate};
 use super::volumes::{ClusterVolumes, View};
 use crate::csi;
 use crate::daemon::{self, Endpoint, Stop};
+use crate::listen::Listen;
+use crate::metrics::Calls;
 use crate::proto::socket;
 use crate::tls;
 use crate::volumes::AttachmentId;
@@ -44,8 +47,10 @@ pub struct Args {
     #[arg(long, value_name = "IMAGE")]
     image: String,
     /// Where to answer health checks.
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    health: Option<SocketAddr>,
+    #[arg(long, value_name = "[ADDRESS]:PORT")]
+    health: Option<Listen>,
+    #[command(flatten)]
+    metrics: crate::metrics::Args,
     /// The Lease whose holder keeps servers and certificates.
     #[arg(long, value_name = "NAME", default_value = "hawser-controller")]
     lease: String,
@@ -75,7 +80,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         .await
         .context("find the API server (run in a pod, or set KUBECONFIG)")?;
     let ready = Arc::new(AtomicBool::new(false));
-    if let Some(address) = args.health {
+    if let Some(listen) = args.health {
         let ready = Arc::clone(&ready);
         let check = move || {
             let is_ready = ready.load(Ordering::Relaxed);
@@ -86,9 +91,9 @@ async fn serve(args: Args) -> anyhow::Result<()> {
                 }
             }
         };
-        daemon::serve_health(address, || async { Ok(()) }, check)
+        daemon::serve_health(listen, || async { Ok(()) }, check)
             .await
-            .with_context(|| format!("answer health checks on {address}"))?;
+            .with_context(|| format!("answer health checks on {listen}"))?;
     }
     let view = View::watch(&client, &args.namespace);
     let mut told = Box::pin(stop.told());
@@ -98,13 +103,31 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         () = &mut told => return Ok(()),
     }
     let volumes = ClusterVolumes::new(client.clone(), &args.namespace, view.clone());
-    let keeper = Keeper::new(client.clone(), &args.namespace, view, args.image, pods);
+    let (metrics, calls) = (Metrics::default(), Calls::default());
+    let known = {
+        let view = view.clone();
+        move || view.volumes()
+    };
+    args.metrics
+        .serve(metrics.exposition(&calls, known))
+        .await?;
+    let keeper = Keeper::new(
+        client.clone(),
+        &args.namespace,
+        view,
+        args.image,
+        pods,
+        metrics.clone(),
+    );
     // A container that was restarted is another one, though its pod's name is the same.
     let me = format!("{}_{}", args.name, AttachmentId::random()?);
     let candidate = Candidate::new(client.clone(), &args.namespace, &args.lease, me.clone());
     let work = move || {
-        let keeper = keeper.clone();
-        async move { keeper.run().await }
+        let (keeper, metrics) = (keeper.clone(), metrics.clone());
+        async move {
+            let _leading = metrics.lead();
+            keeper.run().await;
+        }
     };
     let election = tokio::spawn(candidate.run(work));
     let path = args.endpoint.path();
@@ -114,6 +137,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let router = csi::router(csi::Services {
         controller: Some(Arc::new(volumes)),
         node: None,
+        calls,
     });
     let served = daemon::serve_until(router, listener, told).await;
     election.abort();

@@ -19,6 +19,7 @@ use time::OffsetDateTime;
 use tokio::sync::Mutex;
 
 use super::certificates::{Certificates, SecretsError};
+use super::metrics::Metrics;
 use super::pools;
 use super::server::{PORT, Server, ServerPods, look, pod_name, stateful_set};
 use super::status::{Certified, is_said, status};
@@ -61,6 +62,13 @@ pub(super) enum KeepError {
     Name,
 }
 
+impl KeepError {
+    /// Whether the volume is another by now: the next look sees which.
+    fn is_overtaken(&self) -> bool {
+        matches!(self, Self::Api { source, .. } if is_conflict(source) || is_not_found(source))
+    }
+}
+
 fn api(doing: &'static str) -> impl FnOnce(kube::Error) -> KeepError {
     move |source| KeepError::Api { doing, source }
 }
@@ -80,6 +88,7 @@ struct Inner {
     pods: Api<Pod>,
     certificates: Certificates,
     recorder: Recorder,
+    metrics: Metrics,
     /// Ports that were given on nodes whose network servers share, and may not be in the view yet.
     ports: Mutex<HashMap<(String, u16), String>>,
 }
@@ -91,6 +100,7 @@ impl Keeper {
         view: View,
         image: String,
         pods_have: ServerPods,
+        metrics: Metrics,
     ) -> Self {
         let reporter = Reporter::from(CONTROLLER);
         Self(Arc::new(Inner {
@@ -103,6 +113,7 @@ impl Keeper {
             view,
             image,
             pods_have,
+            metrics,
             ports: Mutex::default(),
             client,
         }))
@@ -152,20 +163,23 @@ impl Keeper {
             });
         tokio::join!(
             volumes,
-            pools::keep(inner.client.clone(), inner.view.clone())
+            pools::keep(inner.client.clone(), inner.view.clone()),
+            inner.measure_authority()
         );
     }
 }
 
 async fn reconcile(volume: Arc<NbdVolume>, keeper: Arc<Inner>) -> Result<Action, KeepError> {
-    keeper.keep(&volume).await
+    let looked = keeper.keep(&volume).await;
+    let is_overtaken = looked.as_ref().is_err_and(KeepError::is_overtaken);
+    keeper.metrics.looked(looked.is_ok() || is_overtaken);
+    looked
 }
 
 // The signature is the runtime's.
 #[allow(clippy::needless_pass_by_value)]
 fn again(volume: Arc<NbdVolume>, error: &KeepError, _: Arc<Inner>) -> Action {
-    let is_overtaken = matches!(error, KeepError::Api { source, .. } if is_conflict(source) || is_not_found(source));
-    if is_overtaken {
+    if error.is_overtaken() {
         tracing::debug!(
             volume = volume.name_any(),
             error = chain(error),
@@ -203,6 +217,7 @@ impl Inner {
         let certified = match self.certificates.ensure(volume, &id).await {
             Ok(ready) => {
                 next = next.min(until(ready.renew_at));
+                self.metrics.certified(id.as_str(), ready.end);
                 Ok(ready.server)
             }
             Err(error) => {
@@ -224,6 +239,19 @@ impl Inner {
         };
         self.tell(volume, &certified.map(|_| ()), &server).await?;
         Ok(Action::requeue(next))
+    }
+
+    /// Looks now and then when the managed authority ends, for ever.
+    async fn measure_authority(&self) {
+        loop {
+            match self.certificates.authority_end().await {
+                Ok(end) => self.metrics.authority(end),
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), "cannot tell when the authority ends");
+                }
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
     }
 
     /// Sees to it that the server runs, and says how it is.
@@ -368,6 +396,7 @@ impl Inner {
             return Ok(Action::requeue(SOON));
         }
         self.certificates.remove(volume).await?;
+        self.metrics.ended(&id);
         let left: Vec<_> = volume
             .finalizers()
             .iter()

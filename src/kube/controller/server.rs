@@ -206,7 +206,7 @@ fn container(volume: &NbdVolume, image: &str, pods: &ServerPods) -> Container {
         format!("--volume={}", volume.name_any()),
         "--directory=/volume".to_owned(),
         "--certificates=/certificates".to_owned(),
-        format!("--listen=0.0.0.0:{port}"),
+        format!("--listen=:{port}"),
         "--control=/volume/control".to_owned(),
     ];
     let log = [
@@ -440,6 +440,8 @@ mod tests {
             .as_array()
             .unwrap();
         assert!(arguments.contains(&json!("--log=debug")));
+        // Whichever family the pods' network is of.
+        assert!(arguments.contains(&json!("--listen=:10809")));
         assert!(serde_json::from_value::<ServerPods>(json!({ "privileged": true })).is_err());
     }
 
@@ -459,6 +461,14 @@ mod tests {
             look(Some(&ready), 7),
             Server::Listening(([10, 0, 0, 1], 7).into())
         );
+        let ipv6 = pod(
+            json!({ "podIP": "2001:db8::1", "containerStatuses": ready.status.as_ref().unwrap()
+            .container_statuses }),
+        );
+        match look(Some(&ipv6), 7) {
+            Server::Listening(address) => assert_eq!(address.to_string(), "[2001:db8::1]:7"),
+            away => panic!("{away:?}"),
+        }
         let unscheduled = json!({ "conditions": [
             { "type": "PodScheduled", "status": "False", "message": "0/2 nodes are available" },
         ]});
