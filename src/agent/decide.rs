@@ -1,7 +1,7 @@
 //! What is to be done with a volume: pure decisions, from what is asked, what is on disk and what was confirmed.
 
 use crate::kube::api::{
-    AttachmentState, AttachmentStatus, NbdVolume, SERVER_FINALIZER, VolumeAttachment,
+    AttachmentState, AttachmentStatus, NEW, NbdVolume, SERVER_FINALIZER, VolumeAttachment,
 };
 use crate::volumes::AttachmentId;
 
@@ -42,7 +42,7 @@ pub(super) struct Asked<'a> {
     pub(super) deleting: bool,
     /// Whether the controller's part is still there: server, Secrets, attachments.
     pub(super) has_server: bool,
-    /// Whether it was confirmed once that the backing store is there.
+    /// Whether the backing store was there once, as far as is known.
     pub(super) was_made: bool,
     /// Whether some attachment is not confirmed as revoked.
     pub(super) is_attached: bool,
@@ -57,13 +57,19 @@ impl<'a> Asked<'a> {
             size_bytes: object.spec.size_bytes,
             deleting: object.metadata.deletion_timestamp.is_some(),
             has_server: finalizers.iter().any(|name| name == SERVER_FINALIZER),
-            was_made: object
-                .status
-                .as_ref()
-                .is_some_and(|status| status.size_bytes.is_some()),
+            was_made: was_made(object),
             is_attached: !attachments.iter().all(|one| is_revoked(object, one)),
         }
     }
+}
+
+/// Whether the backing store was there once: that was confirmed, or it is not said that it is new. An object that was
+/// restored from a backup has no status.
+pub(super) fn was_made(object: &NbdVolume) -> bool {
+    let status = object.status.as_ref();
+    let annotations = object.metadata.annotations.as_ref();
+    status.is_some_and(|status| status.size_bytes.is_some())
+        || !annotations.is_some_and(|annotations| annotations.contains_key(NEW))
 }
 
 /// What is to become of the backing store. In doubt nothing is made and nothing is deleted: data that is not where it
@@ -311,6 +317,18 @@ mod tests {
             ..NbdVolumeStatus::default()
         });
         object
+    }
+
+    #[test]
+    fn what_was_used_is_not_made_again_though_its_status_is_lost() {
+        let mut restored = object(Vec::new(), &[]);
+        assert!(was_made(&restored));
+        let annotations = restored.metadata.annotations.get_or_insert_default();
+        annotations.insert(NEW.to_owned(), "true".to_owned());
+        assert!(!was_made(&restored));
+        let status = restored.status.get_or_insert_default();
+        status.size_bytes = Some(8192);
+        assert!(was_made(&restored));
     }
 
     #[test]

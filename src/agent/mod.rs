@@ -31,7 +31,7 @@ pub use self::command::{Args, run};
 
 use self::metrics::Metrics;
 use self::pools::{PoolError, Pools};
-use crate::kube::api::{NbdPool, NbdVolume};
+use crate::kube::api::{BACKING_READY, NbdPool, NbdVolume, find_condition};
 use crate::kube::follow::Seen;
 use crate::storage::Pool;
 use crate::volumes::VolumeId;
@@ -96,7 +96,24 @@ fn asks_otherwise(before: &NbdVolume, now: &NbdVolume) -> bool {
             format,
         )
     };
-    asked(before) != asked(now)
+    asked(before) != asked(now) || has_lost(before, now)
+}
+
+/// Whether something that we said in the status is not said any more: somebody wiped it.
+fn has_lost(before: &NbdVolume, now: &NbdVolume) -> bool {
+    let said = |object: &NbdVolume| {
+        let status = object.status.clone().unwrap_or_default();
+        let is_asked = |id: &str| now.spec.attachments.iter().any(|one| one.id == id);
+        let attachments = status.attachments.iter();
+        let stated = attachments.filter(|one| one.state.is_some() && is_asked(&one.id));
+        (
+            status.size_bytes.is_some(),
+            find_condition(&status.conditions, BACKING_READY).is_some(),
+            stated.count(),
+        )
+    };
+    let (before, now) = (said(before), said(now));
+    (before.0 && !now.0) || (before.1 && !now.1) || before.2 > now.2
 }
 
 impl Agent {
@@ -226,10 +243,10 @@ impl Agent {
         let (pool, expected) = {
             let world = self.seen();
             let pool = world.pools.get(name).cloned();
-            let made = world.volumes.values().filter(|object| {
-                let status = object.status.as_ref();
-                object.spec.pool == name && status.is_some_and(|status| status.size_bytes.is_some())
-            });
+            let made = world
+                .volumes
+                .values()
+                .filter(|object| object.spec.pool == name && decide::was_made(object));
             (pool, made.count())
         };
         let pool = pool.ok_or_else(|| PoolError::Unknown(name.to_owned()))?;

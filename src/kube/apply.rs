@@ -21,11 +21,41 @@ pub async fn apply_status<K>(
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned,
 {
+    write_status(api, object, manager, status, None).await
+}
+
+/// The same, if the object is still the one that `status` was made from: a conflict otherwise.
+pub async fn apply_status_of<K>(
+    api: &Api<K>,
+    object: &K,
+    manager: &str,
+    status: &(impl Serialize + ?Sized),
+) -> kube::Result<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned,
+{
+    write_status(api, object, manager, status, object.resource_version()).await
+}
+
+async fn write_status<K>(
+    api: &Api<K>,
+    object: &K,
+    manager: &str,
+    status: &(impl Serialize + ?Sized),
+    version: Option<String>,
+) -> kube::Result<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned,
+{
     let name = object.name_any();
+    let mut metadata = json!({ "name": name, "uid": object.uid() });
+    if let Some(version) = version {
+        metadata["resourceVersion"] = version.into();
+    }
     let patch = json!({
         "apiVersion": K::api_version(&()),
         "kind": K::kind(&()),
-        "metadata": { "name": name, "uid": object.uid() },
+        "metadata": metadata,
         "status": status,
     });
     let params = PatchParams::apply(manager).force();
@@ -70,6 +100,13 @@ pub fn is_conflict(error: &kube::Error) -> bool {
 #[must_use]
 pub fn is_invalid(error: &kube::Error) -> bool {
     has_code(error, 422)
+}
+
+/// Whether a quota of the namespace does not allow another such object.
+#[must_use]
+pub fn is_quota(error: &kube::Error) -> bool {
+    // The API server has no reason of its own for it (k8s.io/apiserver, pkg/admission/plugin/resourcequota).
+    matches!(error, kube::Error::Api(status) if status.code == 403 && status.message.contains("quota:"))
 }
 
 fn has_code(error: &kube::Error, code: u16) -> bool {

@@ -2,15 +2,25 @@
 //!
 //! Whoever finds the Lease unchanged for as long as it lasts, on a clock of its own, takes it; other machines' clocks
 //! are never compared. The holder gives up working before anybody else may begin.
+//!
+//! A holder that was stopped and goes on later does not know it at once, and is in the middle of something. So the work
+//! has an API client that sends no change once the [`Tenure`] is over; it looks at the clock at each. What was sent just
+//! before is bound to the object that it was decided upon (`resourceVersion`, `uid`), and refused if that is another by
+//! then.
 
 use std::future::Future;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
+
+use axum::http::{Method, Request};
 
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{ObjectMeta, PostParams};
+use kube::client::Body;
 use kube::{Api, Client};
+use rustix::time::{ClockId, clock_gettime};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::apply::is_conflict;
@@ -74,6 +84,55 @@ fn evaluate(lease: Option<&Lease>, seen: &Seen, me: &str, now: Instant) -> Move 
     }
 }
 
+/// Until when we lead, as far as is known, on [`clock`]. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Tenure(Arc<RwLock<Option<Duration>>>);
+
+/// The time since this machine was started. Unlike that of [`Instant`], it goes on while the machine is suspended.
+fn clock() -> Duration {
+    let now = clock_gettime(ClockId::Boottime);
+    Duration::try_from(now).unwrap_or_default()
+}
+
+/// A change that a former leader did not send.
+#[derive(Debug, thiserror::Error)]
+#[error("not the leader any more: {0} {1} is not sent")]
+struct Over(Method, String);
+
+impl Tenure {
+    /// It was given, or renewed, when that was asked for at `asked`.
+    fn begin(&self, asked: Duration) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(asked + GIVES_UP);
+    }
+
+    fn end(&self) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn allows(&self, method: &Method) -> bool {
+        let end = *self.0.read().unwrap_or_else(PoisonError::into_inner);
+        method.is_safe() || end.is_some_and(|end| clock() < end)
+    }
+
+    /// A client that changes nothing but while we lead.
+    #[must_use]
+    pub fn bind(&self, client: Client) -> Client {
+        let namespace = client.default_namespace().to_owned();
+        let tenure = self.clone();
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let (client, tenure) = (client.clone(), tenure.clone());
+            async move {
+                if !tenure.allows(request.method()) {
+                    let path = request.uri().path().to_owned();
+                    return Err(tower::BoxError::from(Over(request.method().clone(), path)));
+                }
+                client.send(request).await.map_err(tower::BoxError::from)
+            }
+        });
+        Client::new(service, namespace)
+    }
+}
+
 /// A part in the election.
 pub struct Candidate {
     leases: Api<Lease>,
@@ -81,12 +140,14 @@ pub struct Candidate {
     /// Nobody else's name, nor that of an earlier life of this pod.
     me: String,
     seen: Seen,
+    tenure: Tenure,
 }
 
 impl Candidate {
     #[must_use]
-    pub fn new(client: Client, namespace: &str, name: &str, me: String) -> Self {
+    pub fn new(client: Client, namespace: &str, name: &str, me: String, tenure: Tenure) -> Self {
         Self {
+            tenure,
             leases: Api::namespaced(client, namespace),
             name: name.to_owned(),
             me,
@@ -103,6 +164,7 @@ impl Candidate {
                 () = work() => tracing::error!("the leader's work ended by itself"),
                 () = self.keep(won) => tracing::warn!("not leading any more"),
             }
+            self.tenure.end();
             // Whoever cannot renew is slow to try again.
             sleep(EVERY).await;
         }
@@ -110,9 +172,12 @@ impl Candidate {
 
     async fn win(&mut self) -> Instant {
         loop {
-            let begun = Instant::now();
+            let (begun, asked) = (Instant::now(), clock());
             match timeout(CALL, self.step()).await {
-                Ok(Ok(true)) => return begun,
+                Ok(Ok(true)) => {
+                    self.tenure.begin(asked);
+                    return begun;
+                }
                 Ok(Ok(false)) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "the Lease cannot be had"),
                 Err(_) => tracing::warn!("the API server does not answer about the Lease"),
@@ -125,9 +190,12 @@ impl Candidate {
     async fn keep(&mut self, mut renewed: Instant) {
         loop {
             sleep(EVERY).await;
-            let begun = Instant::now();
+            let (begun, asked) = (Instant::now(), clock());
             match timeout_at(renewed + GIVES_UP, self.step()).await {
-                Ok(Ok(true)) => renewed = begun,
+                Ok(Ok(true)) => {
+                    renewed = begun;
+                    self.tenure.begin(asked);
+                }
                 Ok(Ok(false)) | Err(_) => return,
                 Ok(Err(error)) => {
                     tracing::warn!(%error, "the Lease cannot be renewed");
@@ -250,6 +318,33 @@ mod tests {
         seen.look(Some(&renewed), later);
         let when = begun + Duration::from_secs(20);
         assert_eq!(evaluate(Some(&renewed), &seen, "me", when), Move::Wait);
+    }
+
+    #[tokio::test]
+    async fn a_former_leader_sends_no_change() {
+        let sent = Arc::new(RwLock::new(Vec::new()));
+        let seen = Arc::clone(&sent);
+        let service = tower::service_fn(move |request: Request<Body>| {
+            seen.write().unwrap().push(request.method().clone());
+            let lease = serde_json::to_vec(&lease(None, "1")).unwrap();
+            let answer = axum::http::Response::new(Body::from(lease));
+            async move { Ok::<_, std::convert::Infallible>(answer) }
+        });
+        let tenure = Tenure::default();
+        let api: Api<Lease> =
+            Api::namespaced(tenure.bind(Client::new(service, "storage")), "storage");
+        let (params, object) = (PostParams::default(), lease(None, "1"));
+        assert!(api.get("any").await.is_ok());
+        assert!(api.create(&params, &object).await.is_err());
+        tenure.begin(clock());
+        api.create(&params, &object).await.unwrap();
+        tenure.begin(clock() - GIVES_UP);
+        let refused = api.create(&params, &object).await.unwrap_err();
+        assert!(
+            crate::daemon::chain(&refused).contains("not the leader"),
+            "{refused:?}"
+        );
+        assert_eq!(*sent.read().unwrap(), [Method::GET, Method::POST]);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod apply;
+pub mod claim;
 pub mod controller;
 pub mod convert;
 pub mod follow;

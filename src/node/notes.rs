@@ -19,6 +19,7 @@ use crate::kube::api::{
     self, AttachmentStatus, NbdVolume, NbdVolumeStatus, VerificationStatus, node_manager,
 };
 use crate::kube::apply::{apply_status, is_not_found};
+use crate::kube::claim::claim_of;
 use crate::verify::{Policy, Report};
 use crate::volumes::{AttachNote, AttachmentId, VolumeId};
 
@@ -301,18 +302,9 @@ impl Herald {
 
     /// The claim that the volume is bound to; the volume itself where there is none.
     async fn claim(&self, object: &NbdVolume) -> kube::Result<ObjectReference> {
-        let bound = match self.persistent_volumes.get(&object.spec.name).await {
-            // Told where it is of less use, rather than not at all.
-            Err(kube::Error::Api(status)) if [403, 404].contains(&status.code) => None,
-            bound => bound?.spec.and_then(|spec| spec.claim_ref),
-        };
-        Ok(bound
-            .map(|claim| ObjectReference {
-                kind: Some("PersistentVolumeClaim".to_owned()),
-                api_version: Some("v1".to_owned()),
-                ..claim
-            })
-            .unwrap_or_else(|| object.object_ref(&())))
+        // Told where it is of less use, rather than not at all.
+        let bound = claim_of(&self.persistent_volumes, &object.spec.name).await?;
+        Ok(bound.unwrap_or_else(|| object.object_ref(&())))
     }
 }
 

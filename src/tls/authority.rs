@@ -22,7 +22,7 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long a leaf is valid. It is renewed when a third of that is left.
 const LEAF: Duration = DAY.saturating_mul(90);
 
-/// How long the authority is valid: it cannot be renewed without touching every client.
+/// How long the authority is valid: it cannot be replaced without touching every client.
 const AUTHORITY: Duration = DAY.saturating_mul(3650);
 
 /// How far apart two machines' clocks may be.
@@ -35,6 +35,7 @@ const FILE_LIMIT: usize = 64 << 10;
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
     certificate: String,
+    not_after: i64,
 }
 
 impl std::fmt::Debug for Authority {
@@ -108,11 +109,12 @@ impl Authority {
             part: KEY,
             wanted: "private key",
         })?;
-        check_authority(&origin, certificate, &key)?;
+        let not_after = check_authority(&origin, certificate, &key)?;
         let issuer = Issuer::from_ca_cert_pem(certificate, key).map_err(issuing(&origin))?;
         Ok(Self {
             issuer,
             certificate: certificate.to_owned(),
+            not_after,
         })
     }
 
@@ -121,8 +123,21 @@ impl Authority {
         Self::make().map(|(authority, _)| authority)
     }
 
+    /// When its certificate ends, in seconds since 1970.
+    #[must_use]
+    pub fn not_after(&self) -> i64 {
+        self.not_after
+    }
+
     /// A new authority, and the Secret to keep it in.
     pub fn make() -> Result<(Self, BTreeMap<String, Vec<u8>>), CertificateError> {
+        Self::make_for(AUTHORITY)
+    }
+
+    /// The same with another lifetime.
+    pub fn make_for(
+        lifetime: Duration,
+    ) -> Result<(Self, BTreeMap<String, Vec<u8>>), CertificateError> {
         let key = KeyPair::generate().map_err(issuing("the authority"))?;
         // Two authorities of one name would be told apart by a bad signature only.
         let point = key.public_key_raw();
@@ -136,7 +151,7 @@ impl Authority {
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.not_before = now - CLOCK_SKEW;
-        params.not_after = now + AUTHORITY;
+        params.not_after = now + lifetime;
         let certificate = params.self_signed(&key).map_err(&issuing)?.pem();
         let parts = BTreeMap::from([
             (CERTIFICATE.to_owned(), certificate.clone().into_bytes()),
@@ -144,6 +159,7 @@ impl Authority {
             (AUTHORITIES.to_owned(), certificate.clone().into_bytes()),
         ]);
         let authority = Self {
+            not_after: params.not_after.unix_timestamp(),
             issuer: Issuer::new(params, key),
             certificate,
         };
@@ -216,8 +232,8 @@ fn issuing(subject: &str) -> impl Fn(rcgen::Error) -> CertificateError + use<> {
     }
 }
 
-/// An authority that has ended, or whose key is another's, would issue certificates that nobody accepts.
-fn check_authority(origin: &str, pem: &str, key: &KeyPair) -> Result<(), CertificateError> {
+/// An authority that has ended, or whose key is another's, would issue certificates that nobody accepts. Returns its end.
+fn check_authority(origin: &str, pem: &str, key: &KeyPair) -> Result<i64, CertificateError> {
     use x509_parser::prelude::{FromDer, X509Certificate};
     let malformed = |problem: String| CertificateError::Malformed {
         origin: origin.to_owned(),
@@ -246,5 +262,5 @@ fn check_authority(origin: &str, pem: &str, key: &KeyPair) -> Result<(), Certifi
             origin: origin.to_owned(),
         });
     }
-    Ok(())
+    Ok(not_after)
 }

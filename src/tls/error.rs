@@ -73,7 +73,8 @@ pub enum CertificateError {
 }
 
 /// Seconds since 1970 as people write dates.
-pub(super) fn date(seconds: i64) -> String {
+#[must_use]
+pub fn date(seconds: i64) -> String {
     OffsetDateTime::from_unix_timestamp(seconds)
         .ok()
         .and_then(|date| date.format(&Rfc3339).ok())

@@ -16,7 +16,7 @@ mod tests;
 
 pub use self::authority::{Authority, Leaf};
 pub use self::client::{Profile, anonymous_client_config, client_config, trusting_client_config};
-pub use self::error::{CertificateError, explain};
+pub use self::error::{CertificateError, date, explain};
 pub use self::files::{read_secret, write_secret};
 pub use self::names::{certificate_names, client_identity, server_identity};
 pub use self::secret::{Secret, Side, authorities, end_of};

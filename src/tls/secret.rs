@@ -94,6 +94,7 @@ struct Parts {
     key: PrivateKeyDer<'static>,
     roots: Arc<RootCertStore>,
     names: Vec<String>,
+    not_before: i64,
     not_after: i64,
     /// As they came, for whoever passes the Secret on.
     pem: [Vec<u8>; 3],
@@ -141,7 +142,7 @@ impl Secret {
             wanted: "private key",
         })?;
         let roots = roots(&origin, &pem[2])?;
-        let (names, not_after) = check(&origin, &chain[0], side, term)?;
+        let (names, not_before, not_after) = check(&origin, &chain[0], side, term)?;
         let signing = provider()
             .key_provider
             .load_private_key(key.clone_key())
@@ -160,6 +161,7 @@ impl Secret {
             key,
             roots,
             names,
+            not_before,
             not_after,
             pem,
         })))
@@ -225,6 +227,7 @@ impl Secret {
             key: self.0.key.clone_key(),
             roots: other.0.roots.clone(),
             names: self.0.names.clone(),
+            not_before: self.0.not_before,
             not_after: self.0.not_after,
             pem: [certificate, key, other.0.pem[2].clone()],
         }))
@@ -240,6 +243,12 @@ impl Secret {
     #[must_use]
     pub fn names(&self) -> &[String] {
         &self.0.names
+    }
+
+    /// When the certificate began, in seconds since 1970.
+    #[must_use]
+    pub fn not_before(&self) -> i64 {
+        self.0.not_before
     }
 
     /// When the certificate ends, in seconds since 1970.
@@ -330,7 +339,6 @@ fn certificates(
         })
 }
 
-/// What the handshake would refuse too, but with words that name the file. Returns names and end.
 /// When the first certificate in `pem` ends, in seconds since 1970, whether it has already or not.
 #[must_use]
 pub fn end_of(pem: &[u8]) -> Option<i64> {
@@ -339,12 +347,13 @@ pub fn end_of(pem: &[u8]) -> Option<i64> {
     Some(certificate.validity().not_after.timestamp())
 }
 
+/// What the handshake would refuse too, but with words that name the file. Returns names, begin and end.
 fn check(
     origin: &str,
     leaf: &CertificateDer<'_>,
     side: Side,
     term: Term,
-) -> Result<(Vec<String>, i64), CertificateError> {
+) -> Result<(Vec<String>, i64, i64), CertificateError> {
     let malformed = |problem: String| CertificateError::Malformed {
         origin: origin.to_owned(),
         problem,
@@ -392,5 +401,5 @@ fn check(
             wanted: side.usage(),
         });
     }
-    Ok((names::names(&parsed), not_after))
+    Ok((names::names(&parsed), not_before, not_after))
 }

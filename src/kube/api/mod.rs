@@ -56,6 +56,10 @@ pub const VOLUME_LABEL: &str = "hawser.dev/volume";
 pub const COMPONENT_LABEL: &str = "app.kubernetes.io/component";
 pub const SERVER: &str = "server";
 
+/// Annotation of a volume that may be made: nobody ever used it. It goes with the first change after it was made, so that
+/// a backup of its object, restored where the data is not, makes no empty volume in its place.
+pub const NEW: &str = "hawser.dev/new";
+
 /// Held by the agent: the volume's data is still there.
 pub const BACKING_FINALIZER: &str = "hawser.dev/backing";
 /// Held by the controller: the volume's server, Secrets or attachments are still there. The agent deletes data only
@@ -73,10 +77,11 @@ pub const BACKING_READY: &str = "BackingReady";
 pub const CERTIFICATES_READY: &str = "CertificatesReady";
 /// Reason of a false [`BACKING_READY`]: the pool's node has not the room. The controller places the volume elsewhere.
 pub const NO_ROOM: &str = "NoRoom";
+/// The node that keeps the volume is in the cluster and its pool's, and the agent there is heard. A volume may be used
+/// without it; nobody can be let in or kept out.
+pub const AGENT_READY: &str = "AgentReady";
 /// The server's pod runs and is ready.
 pub const SERVER_READY: &str = "ServerReady";
-/// An agent looks after the data: without one a volume is served, but not attached, detached, grown or deleted.
-pub const AGENT_READY: &str = "AgentReady";
 /// All of the others.
 pub const READY: &str = "Ready";
 
@@ -100,6 +105,12 @@ fn manager(role: &str, node: &str) -> String {
     // Names of nodes that only differ after this would have to be told apart by more: DNS has 63 bytes a label.
     name.truncate(name.floor_char_boundary(MANAGER_LIMIT));
     name
+}
+
+/// On a pool, held by the controller of that namespace: it has volumes there.
+#[must_use]
+pub fn volumes_finalizer(namespace: &str) -> String {
+    format!("{namespace}.hawser.dev/volumes")
 }
 
 /// The CRDs of all API objects.

@@ -39,7 +39,8 @@ use crate::volumes::{AccessMode, Attachment, Content, Format, InvalidName};
         priority = 1
     ),
     validation = Rule::new("self.metadata.name.matches('^vol-[0-9a-f]{32}$')").message("the name is a volume id: vol- and 32 hex digits"),
-    validation = Rule::new("!has(oldSelf.status) || !has(oldSelf.status.format) || (has(self.status) && has(self.status.format))").message("status.format is never forgotten: the volume would be formatted again")
+    validation = Rule::new("!has(oldSelf.status) || !has(oldSelf.status.format) || (has(self.status) && has(self.status.format))").message("status.format is never forgotten: the volume would be formatted again"),
+    validation = Rule::new("!has(oldSelf.spec.attachments) || oldSelf.spec.attachments.all(o, (has(self.spec.attachments) && self.spec.attachments.exists(n, n.id == o.id)) || (o.revoked && has(oldSelf.status) && has(oldSelf.status.attachments) && oldSelf.status.attachments.exists(s, s.id == o.id && has(s.state) && s.state == 'Revoked')))").message("an attachment is ended by its revoked: true, and leaves when the agent has said Revoked in status.attachments")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct NbdVolumeSpec {
@@ -79,6 +80,7 @@ pub struct NbdVolumeSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("maxItems" = 256))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["id".into()]))]
+    #[x_kube(validation = Rule::new("self.all(a, a.revoked || a.mode == 'multi-node-reader-only' || self.all(b, b.revoked || b.node == a.node))").message("one node at a time has a volume, unless all only read: revoke the other attachment first"))]
     pub attachments: Vec<VolumeAttachment>,
 }
 

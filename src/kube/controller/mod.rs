@@ -2,10 +2,13 @@
 //!
 //! Every controller answers the sidecars of its own pod; the loops that keep things are the Lease's holder's.
 
+mod authority;
 mod certificates;
 pub(crate) mod metrics;
+mod news;
 mod pools;
 mod reconcile;
+mod rotation;
 mod server;
 mod status;
 
@@ -21,7 +24,7 @@ use kube::Client;
 use self::metrics::Metrics;
 use self::reconcile::Keeper;
 use self::server::ServerPods;
-use super::lease::{self, Candidate};
+use super::lease::{self, Candidate, Tenure};
 use super::volumes::{ClusterVolumes, View};
 use crate::csi;
 use crate::daemon::{self, Endpoint, Stop};
@@ -57,6 +60,9 @@ pub struct Args {
     /// What every server's pod is to have, as JSON: resources, tolerations, priorityClassName, labels and so on.
     #[arg(long, value_name = "FILE")]
     server_pods: Option<PathBuf>,
+    /// How long everybody is given to read what is written for a change of the managed authority.
+    #[arg(long, value_name = "SECONDS", default_value = "3600", value_parser = seconds)]
+    authority_overlap: Duration,
     /// What this controller is called in the Lease.
     #[arg(
         long,
@@ -65,6 +71,10 @@ pub struct Args {
         default_value = "controller"
     )]
     name: String,
+}
+
+fn seconds(text: &str) -> Result<Duration, std::num::ParseIntError> {
+    text.parse().map(Duration::from_secs)
 }
 
 /// Serves until told to stop.
@@ -111,17 +121,26 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     args.metrics
         .serve(metrics.exposition(&calls, known))
         .await?;
+    let tenure = Tenure::default();
+    let fenced = tenure.bind(client.clone());
     let keeper = Keeper::new(
-        client.clone(),
+        fenced,
         &args.namespace,
         view,
         args.image,
         pods,
         metrics.clone(),
+        args.authority_overlap,
     );
     // A container that was restarted is another one, though its pod's name is the same.
     let me = format!("{}_{}", args.name, AttachmentId::random()?);
-    let candidate = Candidate::new(client.clone(), &args.namespace, &args.lease, me.clone());
+    let candidate = Candidate::new(
+        client.clone(),
+        &args.namespace,
+        &args.lease,
+        me.clone(),
+        tenure,
+    );
     let work = move || {
         let (keeper, metrics) = (keeper.clone(), metrics.clone());
         async move {

@@ -7,28 +7,29 @@ use std::time::Duration;
 use futures::StreamExt;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{Pod, Secret};
-use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::PartialObjectMeta;
 use kube::runtime::controller::{self, Action, Controller};
-use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher;
-use kube::{Api, Client, Resource, ResourceExt};
+use kube::{Api, Client, ResourceExt};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tokio::sync::Mutex;
 
-use super::certificates::{Certificates, SecretsError};
+use super::certificates::{Certificates, SecretsError, is_own};
 use super::metrics::Metrics;
-use super::pools;
+use super::news::News;
+use super::pools::Pools;
 use super::server::{PORT, Server, ServerPods, look, pod_name, stateful_set};
 use super::status::{Certified, is_said, status};
 use crate::csi::chain;
 use crate::kube::api::{
-    self, BACKING_FINALIZER, BACKING_READY, COMPONENT_LABEL, CONTROLLER, NbdPool, NbdVolume,
-    NbdVolumeStatus, SERVER, SERVER_FINALIZER, VOLUME_LABEL,
+    self, BACKING_FINALIZER, BACKING_READY, COMPONENT_LABEL, CONTROLLER, NbdVolume, SERVER,
+    SERVER_FINALIZER, VOLUME_LABEL,
 };
-use crate::kube::apply::{apply, apply_status, is_conflict, is_not_found};
+use crate::kube::apply::{apply, apply_status_of, is_conflict, is_not_found};
 use crate::kube::volumes::{View, prune, without_ended};
 use crate::volumes::VolumeId;
 
@@ -46,6 +47,9 @@ const SOON: Duration = Duration::from_secs(10);
 
 /// After how long a failed look is repeated.
 const RETRY: Duration = Duration::from_secs(5);
+
+/// Reason of a server that is not there because the API server would not have its StatefulSet.
+const REFUSED: &str = "Refused";
 
 /// Why a volume could not be looked after.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +77,14 @@ fn api(doing: &'static str) -> impl FnOnce(kube::Error) -> KeepError {
     move |source| KeepError::Api { doing, source }
 }
 
+/// A StatefulSet that was applied, and is as it was then while it has that uid and generation.
+#[derive(Debug, Clone, PartialEq)]
+struct Applied {
+    wanted: StatefulSet,
+    uid: Option<String>,
+    generation: Option<i64>,
+}
+
 /// What keeps the volumes. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Keeper(Arc<Inner>);
@@ -89,6 +101,9 @@ struct Inner {
     certificates: Certificates,
     recorder: Recorder,
     metrics: Metrics,
+    news: News,
+    /// The StatefulSets that were applied: what, and what that made of them.
+    applied: Mutex<HashMap<String, Applied>>,
     /// Ports that were given on nodes whose network servers share, and may not be in the view yet.
     ports: Mutex<HashMap<(String, u16), String>>,
 }
@@ -101,19 +116,22 @@ impl Keeper {
         image: String,
         pods_have: ServerPods,
         metrics: Metrics,
+        authority_overlap: Duration,
     ) -> Self {
-        let reporter = Reporter::from(CONTROLLER);
+        let recorder = Recorder::new(client.clone(), Reporter::from(CONTROLLER));
         Self(Arc::new(Inner {
             namespace: namespace.to_owned(),
             volumes: Api::namespaced(client.clone(), namespace),
             sets: Api::namespaced(client.clone(), namespace),
             pods: Api::namespaced(client.clone(), namespace),
-            certificates: Certificates::new(client.clone(), namespace),
-            recorder: Recorder::new(client.clone(), reporter),
+            certificates: Certificates::new(client.clone(), namespace, authority_overlap),
+            news: News::new(client.clone(), recorder.clone()),
+            recorder,
             view,
             image,
             pods_have,
             metrics,
+            applied: Mutex::default(),
             ports: Mutex::default(),
             client,
         }))
@@ -129,13 +147,20 @@ impl Keeper {
             let volume = pod.labels().get(VOLUME_LABEL).cloned();
             volume.map(|volume| ObjectRef::new(&volume).within(&namespace))
         };
-        let view = inner.view.clone();
-        let of_pool = move |pool: NbdPool| {
-            let name = pool.name_any();
+        let (view, namespace) = (inner.view.clone(), inner.namespace.clone());
+        let of_secret = move |secret: PartialObjectMeta<Secret>| {
+            let (name, labelled) = (
+                secret.name_any(),
+                secret.labels().get(VOLUME_LABEL).cloned(),
+            );
             let volumes = view.volumes().into_iter();
-            let of_it = volumes.filter(move |volume| volume.spec.pool == name);
-            of_it
-                .map(|volume| ObjectRef::from_obj(&*volume))
+            // One's own has whatever labels it has.
+            let users = volumes.filter(|volume| is_own(volume, &name));
+            let users = users.map(|volume| volume.name_any());
+            labelled
+                .into_iter()
+                .chain(users)
+                .map(|volume| ObjectRef::new(&volume).within(&namespace))
                 .collect::<Vec<_>>()
         };
         let secrets: Api<PartialObjectMeta<Secret>> =
@@ -147,13 +172,11 @@ impl Keeper {
                     .debounce(GATHER),
             )
             .owns(inner.sets.clone(), ours())
-            .owns(secrets, ours())
+            .watches(secrets, watcher::Config::default(), of_secret)
             .watches(inner.pods.clone(), servers, of_pod)
-            .watches(
-                Api::<NbdPool>::all(inner.client.clone()),
-                watcher::Config::default(),
-                of_pool,
-            )
+            // Not each change of a pool or node: agents write there all the time.
+            .reconcile_all_on(inner.view.moves())
+            .reconcile_all_on(inner.certificates.changes())
             .run(reconcile, again, Arc::clone(inner))
             .for_each(|looked| async move {
                 // What failed on one volume was told where it failed.
@@ -163,8 +186,15 @@ impl Keeper {
             });
         tokio::join!(
             volumes,
-            pools::keep(inner.client.clone(), inner.view.clone()),
-            inner.measure_authority()
+            inner.measure_authority(),
+            inner.certificates.keep_authority(),
+            Pools::new(
+                inner.client.clone(),
+                &inner.namespace,
+                inner.view.clone(),
+                inner.recorder.clone()
+            )
+            .keep()
         );
     }
 }
@@ -216,9 +246,16 @@ impl Inner {
         let mut next = AGAIN;
         let certified = match self.certificates.ensure(volume, &id).await {
             Ok(ready) => {
-                next = next.min(until(ready.renew_at));
                 self.metrics.certified(id.as_str(), ready.end);
-                Ok(ready.server)
+                next = next.min(until(ready.look_at));
+                let said = match ready.problem {
+                    None => Ok(ready.ends_soon),
+                    Some(error) => {
+                        next = SOON;
+                        Err((error.reason(), chain(&error)))
+                    }
+                };
+                Ok((ready.server, said))
             }
             Err(error) => {
                 next = SOON;
@@ -226,7 +263,7 @@ impl Inner {
             }
         };
         let server = match &certified {
-            Ok(secret) => self.serve(volume, secret).await?,
+            Ok((secret, _)) => self.serve(volume, secret).await?,
             // What was started goes on: it has its certificates in memory.
             Err(_) => {
                 self.look(
@@ -237,7 +274,17 @@ impl Inner {
                 .await?
             }
         };
-        self.tell(volume, &certified.map(|_| ()), &server).await?;
+        if matches!(
+            server,
+            Server::Away {
+                reason: REFUSED,
+                ..
+            }
+        ) {
+            next = SOON;
+        }
+        let certified = certified.and_then(|(_, said)| said);
+        self.tell(volume, &certified, &server).await?;
         Ok(Action::requeue(next))
     }
 
@@ -280,16 +327,72 @@ impl Inner {
                 .await;
         }
         let set = stateful_set(volume, &pool, secret, &self.image, &self.pods_have);
-        match apply(&self.sets, CONTROLLER, &set).await {
-            Ok(_) => {}
+        if self.is_leftover(volume).await? {
+            self.delete_set(volume).await?;
+            return self
+                .look(
+                    volume,
+                    "NoPod",
+                    "the server of an earlier volume of its name is being ended",
+                )
+                .await;
+        }
+        match self.apply_set(set).await {
+            Ok(()) => {}
             Err(kube::Error::Api(refusal)) if matches!(refusal.code, 403 | 422) => {
                 // A quota or a policy: it is for a person to see.
-                return self.look(volume, "Refused", &refusal.message).await;
+                return self.look(volume, REFUSED, &refusal.message).await;
             }
             Err(error) => return Err(api("apply its StatefulSet")(error)),
         }
         self.look(volume, "NoPod", "its server's pod is not there yet")
             .await
+    }
+
+    /// Whether there is a StatefulSet of the volume's name that belonged to another one: its object was made again.
+    async fn is_leftover(&self, volume: &NbdVolume) -> Result<bool, KeepError> {
+        let now = self.sets.get_opt(&volume.name_any()).await;
+        let now = now.map_err(api("read its StatefulSet"))?;
+        Ok(now.is_some_and(|now| is_anothers(&now, volume)))
+    }
+
+    /// Makes the StatefulSet what it is to be, if somebody or something has made it another.
+    async fn apply_set(&self, mut wanted: StatefulSet) -> kube::Result<()> {
+        let name = wanted.name_any();
+        let now = self.sets.get_opt(&name).await?;
+        let seen = |now: &StatefulSet| Applied {
+            wanted: wanted.clone(),
+            uid: now.uid(),
+            generation: now.metadata.generation,
+        };
+        if let Some(now) = &now
+            && self.applied.lock().await.get(&name) == Some(&seen(now))
+            && now.metadata.deletion_timestamp.is_none()
+            && has_metadata(now, &wanted)
+        {
+            return Ok(());
+        }
+        let made = match now {
+            None => {
+                let params = PostParams {
+                    field_manager: Some(CONTROLLER.to_owned()),
+                    ..PostParams::default()
+                };
+                self.sets.create(&params, &wanted).await?
+            }
+            Some(now) => {
+                wanted.metadata.resource_version = now.resource_version();
+                apply(&self.sets, CONTROLLER, &wanted).await?
+            }
+        };
+        wanted.metadata.resource_version = None;
+        let applied = Applied {
+            uid: made.uid(),
+            generation: made.metadata.generation,
+            wanted,
+        };
+        self.applied.lock().await.insert(name, applied);
+        Ok(())
     }
 
     /// How the server's pod is; where there is none, this is why.
@@ -375,23 +478,22 @@ impl Inner {
             .iter()
             .any(|held| held == SERVER_FINALIZER)
         {
+            let server = Server::Away {
+                reason: "Ended",
+                message: "it is ended".to_owned(),
+            };
+            self.tell(volume, &Ok(None), &server).await?;
             return Ok(Action::await_change());
         }
         let id = volume.name_any();
-        let away = |message: String| Server::Away {
-            reason: "Ending",
-            message,
-        };
-        match self.sets.delete(&id, &DeleteParams::background()).await {
-            Err(error) if !is_not_found(&error) => {
-                return Err(api("delete its StatefulSet")(error));
-            }
-            _ => {}
-        }
+        self.delete_set(volume).await?;
         let pod = self.pods.get_opt(&pod_name(&id)).await;
         if pod.map_err(api("read its server's pod"))?.is_some() {
-            let server = away(format!("pod {} is ending", pod_name(&id)));
-            self.tell(volume, &Ok(()), &server).await?;
+            let server = Server::Away {
+                reason: "Ending",
+                message: format!("pod {} is ending", pod_name(&id)),
+            };
+            self.tell(volume, &Ok(None), &server).await?;
             // The pod's end is watched; this is for a pod that is not ours to see.
             return Ok(Action::requeue(SOON));
         }
@@ -407,8 +509,39 @@ impl Inner {
             "finalizers": left,
         }});
         self.patch(volume, patch).await?;
+        self.news.forget(volume).await;
         tracing::info!(volume = id, "its server and Secrets are gone");
         Ok(Action::await_change())
+    }
+
+    /// Deletes the volume's StatefulSet; that of an earlier or later volume of that name is let be.
+    async fn delete_set(&self, volume: &NbdVolume) -> Result<(), KeepError> {
+        let id = volume.name_any();
+        let now = self.sets.get_opt(&id).await;
+        let Some(now) = now.map_err(api("read its StatefulSet"))? else {
+            return Ok(());
+        };
+        if now.metadata.deletion_timestamp.is_some() {
+            return Ok(());
+        }
+        if is_anothers(&now, volume) {
+            // Either it is a leftover, or this volume is.
+            let live = self.volumes.get_opt(&id).await;
+            let live = live.map_err(api("read its object"))?;
+            if live.is_none_or(|live| live.uid() != volume.uid()) {
+                return Ok(());
+            }
+        }
+        let mut params = DeleteParams::background();
+        params.preconditions = Some(Preconditions {
+            uid: now.uid(),
+            resource_version: None,
+        });
+        self.applied.lock().await.remove(&id);
+        match self.sets.delete(&id, &params).await {
+            Err(error) if !is_not_found(&error) => Err(api("delete its StatefulSet")(error)),
+            _ => Ok(()),
+        }
     }
 
     /// Writes the status where it is not that already, and an Event where something became wrong.
@@ -418,57 +551,33 @@ impl Inner {
         certified: &Certified,
         server: &Server,
     ) -> Result<(), KeepError> {
-        let absent_agent = self.view.absent_agent(volume);
-        let said = status(volume, certified, server, absent_agent.as_deref());
+        let (pool, node) = (&volume.spec.pool, &volume.spec.node);
+        let standing = self.view.standing(pool, node);
+        let said = status(volume, certified, server, &standing);
+        self.news.tell_late(volume, &said).await;
         if is_said(volume, &said) {
             return Ok(());
         }
-        apply_status(&self.volumes, volume, CONTROLLER, &said)
+        apply_status_of(&self.volumes, volume, CONTROLLER, &said)
             .await
             .map_err(api("write its status"))?;
-        self.publish(volume, &said).await;
+        self.news.publish(volume, &said).await;
         Ok(())
     }
+}
 
-    /// Tells as Events what became wrong since the object was seen.
-    async fn publish(&self, volume: &NbdVolume, said: &NbdVolumeStatus) {
-        let old = volume
-            .status
-            .as_ref()
-            .map(|status| status.conditions.as_slice());
-        let old = old.unwrap_or_default();
-        for condition in &said.conditions {
-            let before = api::find_condition(old, &condition.type_);
-            let is_news = before.is_none_or(|before| {
-                (&before.reason, &before.message) != (&condition.reason, &condition.message)
-            });
-            let is_wrong = condition.status == "False" && condition.type_ != api::READY;
-            // A volume that is new has nothing yet, and a server that is ending was told to.
-            let is_usual = [
-                "NoPod",
-                "NoData",
-                "NoPort",
-                "NoCertificates",
-                "Ending",
-                "SecretMissing",
-            ]
-            .contains(&condition.reason.as_str())
-                || condition.message.ends_with("it is being started");
-            if !is_news || !is_wrong || is_usual {
-                continue;
-            }
-            let event = Event {
-                type_: EventType::Warning,
-                reason: condition.reason.clone(),
-                note: Some(condition.message.chars().take(1000).collect()),
-                action: "Reconcile".to_owned(),
-                secondary: None,
-            };
-            if let Err(error) = self.recorder.publish(&event, &volume.object_ref(&())).await {
-                tracing::debug!(%error, "an Event is lost");
-            }
-        }
-    }
+/// Whether the StatefulSet belongs to another volume of that name.
+fn is_anothers(set: &StatefulSet, volume: &NbdVolume) -> bool {
+    let mut owners = set.owner_references().iter();
+    owners.any(|owner| owner.kind == "NbdVolume" && Some(&owner.uid) != volume.uid().as_ref())
+}
+
+/// Whether the StatefulSet has the labels and the owner that it is to have: their change is no new generation.
+fn has_metadata(now: &StatefulSet, wanted: &StatefulSet) -> bool {
+    let mut labels = wanted.labels().iter();
+    let mut owners = wanted.owner_references().iter();
+    labels.all(|(key, value)| now.labels().get(key) == Some(value))
+        && owners.all(|owner| now.owner_references().contains(owner))
 }
 
 /// Until that second since 1970; at least a minute, so that a certificate that cannot be renewed is no busy loop.

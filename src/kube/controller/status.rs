@@ -5,18 +5,22 @@ use kube::ResourceExt;
 use super::server::Server;
 use crate::kube::api::{
     self, AGENT_READY, BACKING_READY, CERTIFICATES_READY, NO_ROOM, NbdVolume, NbdVolumeStatus,
-    Phase, READY, SERVER_READY,
+    Phase, READY, SERVER_FINALIZER, SERVER_READY,
 };
+use crate::kube::volumes::Standing;
 
-/// What was found about a volume's certificates: nothing wrong, or a reason and a message.
-pub(super) type Certified = Result<(), (&'static str, String)>;
+/// What was found about a volume's certificates: all is well, maybe not for long, or a reason and a message.
+pub(super) type Certified = Result<Option<String>, (&'static str, String)>;
+
+/// Reason of a true condition CertificatesReady whose message says what will end it.
+pub(super) const ENDS_SOON: &str = "EndsSoon";
 
 /// The controller's part of a volume's status.
 pub(super) fn status(
     volume: &NbdVolume,
     certified: &Certified,
     server: &Server,
-    absent_agent: Option<&str>,
+    standing: &Standing,
 ) -> NbdVolumeStatus {
     let old = volume.status.clone().unwrap_or_default();
     let generation = volume.metadata.generation;
@@ -32,22 +36,21 @@ pub(super) fn status(
     };
     let backing = api::find_condition(&old.conditions, BACKING_READY);
     let certificates = match certified {
-        Ok(()) => condition(CERTIFICATES_READY, true, "Valid", String::new()),
+        Ok(None) => condition(CERTIFICATES_READY, true, "Valid", String::new()),
+        Ok(Some(end)) => condition(CERTIFICATES_READY, true, ENDS_SOON, end.clone()),
         Err((reason, message)) => condition(CERTIFICATES_READY, false, reason, message.clone()),
     };
     let served = match server {
         Server::Listening(_) => condition(SERVER_READY, true, "Listening", String::new()),
         Server::Away { reason, message } => condition(SERVER_READY, false, reason, message.clone()),
     };
-    let agent = match absent_agent {
-        None => condition(AGENT_READY, true, "Present", String::new()),
-        Some(why) => {
-            let message = format!(
-                "{why}: the volume is served as before, but cannot be attached, detached, grown or deleted"
-            );
-            condition(AGENT_READY, false, "Absent", message)
-        }
-    };
+    let place = standing.message(&volume.spec.pool, &volume.spec.node);
+    let attended = condition(
+        AGENT_READY,
+        *standing == Standing::Good,
+        standing.reason(),
+        place.clone(),
+    );
     let waits: Vec<String> = [
         match backing {
             Some(backing) if backing.status == "True" => None,
@@ -59,7 +62,9 @@ pub(super) fn status(
         },
         (certificates.status != "True").then(|| certificates.message.clone()),
         (served.status != "True").then(|| served.message.clone()),
-        (agent.status != "True").then(|| agent.message.clone()),
+        (served.status != "True" || !standing.is_attended())
+            .then(|| place.clone())
+            .filter(|place| !place.is_empty()),
     ]
     .into_iter()
     .flatten()
@@ -74,7 +79,8 @@ pub(super) fn status(
         (false, false, false) => (Phase::Pending, "Pending"),
     };
     let message = match is_deleting {
-        true => deleting(volume),
+        true => deleting(volume, &place),
+        false if waits.is_empty() => place,
         false => waits.join("; "),
     };
     let ready = condition(READY, phase == Phase::Ready, reason, message);
@@ -84,7 +90,7 @@ pub(super) fn status(
     };
     NbdVolumeStatus {
         phase: Some(phase),
-        conditions: vec![certificates, served, agent, ready],
+        conditions: vec![certificates, attended, served, ready],
         size: Some(size(old.size_bytes.unwrap_or(volume.spec.size_bytes))),
         endpoint,
         attached_to: attached_to(volume),
@@ -96,15 +102,29 @@ pub(super) fn status(
     }
 }
 
-fn deleting(volume: &NbdVolume) -> String {
+fn deleting(volume: &NbdVolume, place: &str) -> String {
     let mut attachments = volume.spec.attachments.iter();
-    match attachments.find(|one| !one.revoked) {
-        Some(one) => format!(
+    if let Some(one) = attachments.find(|one| !one.revoked) {
+        return format!(
             "volume {} is attached to node {} still, and is deleted when it was detached",
             volume.name_any(),
             one.node
+        );
+    }
+    let holds = volume
+        .finalizers()
+        .iter()
+        .any(|held| held == SERVER_FINALIZER);
+    let what = match holds {
+        true => "its server is being ended".to_owned(),
+        false => format!(
+            "its data is being deleted by the agent on node {}",
+            volume.spec.node
         ),
-        None => "its server is being ended".to_owned(),
+    };
+    match place {
+        "" => what,
+        place => format!("{what}; {place}"),
     }
 }
 

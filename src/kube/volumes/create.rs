@@ -8,12 +8,15 @@ use super::place::Placed;
 use super::{Inner, PATIENCE, backing, refused, to_volume, unavailable};
 use crate::admission::{check_name, check_same};
 use crate::kube::api::{
-    self, BACKING_FINALIZER, BACKING_READY, CERTIFICATES_READY, CONTROLLER, Issuer, NO_ROOM,
+    self, BACKING_FINALIZER, BACKING_READY, CERTIFICATES_READY, CONTROLLER, Issuer, NEW, NO_ROOM,
     NbdVolume, NbdVolumeSpec, SERVER_FINALIZER, Source, VOLUME_LABEL,
 };
-use crate::kube::apply::is_conflict;
+use crate::kube::apply::{is_conflict, is_not_found};
 use crate::storage::size;
-use crate::volumes::{Certificates, CreateRequest, VolumeId, VolumesError};
+use crate::volumes::{Certificates, CreateRequest, Placement, VolumeId, VolumesError};
+
+/// cert-manager's API, as it is asked for certificates.
+const CERT_MANAGER: &str = "cert-manager.io/v1";
 
 impl Inner {
     pub(super) async fn create(&self, request: CreateRequest) -> Result<NbdVolume, VolumesError> {
@@ -24,7 +27,10 @@ impl Inner {
         let id = VolumeId::of_name(&request.name);
         let object = match self.read(&id).await? {
             Some(object) => object,
-            None => self.make(&id, size, &request).await?,
+            None => {
+                self.check_issuer(&request.certificates).await?;
+                self.make(&id, size, &request).await?
+            }
         };
         if object.metadata.deletion_timestamp.is_some() {
             return Err(unavailable(
@@ -41,20 +47,36 @@ impl Inner {
             let conditions = &object.status.as_ref()?.conditions;
             let is_ready =
                 api::holds(conditions, BACKING_READY) && api::holds(conditions, CERTIFICATES_READY);
-            let no_room = backing(object)
-                .filter(|condition| condition.status == "False" && condition.reason == NO_ROOM);
-            match no_room {
+            match no_room(object) {
                 _ if is_ready => Some(Ok(object.clone())),
-                Some(condition) => Some(Err(VolumesError::NoRoom(condition.message.clone()))),
+                Some(message) => Some(Err(VolumesError::NoRoom(message.to_owned()))),
                 None => None,
             }
         };
         let waits = |object: &NbdVolume| self.view.creation_waits_for(object);
         let made = self.wait(&object, deadline, made, waits).await;
+        // It is in the view by now, or was for long enough.
+        self.placed.lock().await.remove(&id);
         if matches!(made, Err(VolumesError::NoRoom(_))) {
-            self.take_back(&object).await;
+            self.take_back(&id).await;
         }
         made
+    }
+
+    /// Refuses, before anything is made, to wait for certificates that nobody would issue.
+    async fn check_issuer(&self, wanted: &Certificates) -> Result<(), VolumesError> {
+        if !matches!(wanted, Certificates::CertManager { .. }) {
+            return Ok(());
+        }
+        match self.client.list_api_group_resources(CERT_MANAGER).await {
+            Ok(_) => Ok(()),
+            Err(error) if is_not_found(&error) => Err(VolumesError::Invalid(
+                "parameters: certificates is certManager, but cert-manager's API is not there; install cert-manager, \
+                 or use another source of certificates: managed, secret"
+                    .to_owned(),
+            )),
+            Err(error) => Err(refused("new", "cannot ask for cert-manager's API", error)),
+        }
     }
 
     async fn make(
@@ -63,18 +85,14 @@ impl Inner {
         size: u64,
         request: &CreateRequest,
     ) -> Result<NbdVolume, VolumesError> {
-        let mut placed = self.placed.lock().await;
-        placed.retain(|id, placed| self.view.volume(id.as_str()).is_none() && placed.is_recent());
-        let (pool, node) = self
-            .view
-            .choose(&request.placement, size, placed.values())?;
+        let (pool, node) = self.place(id, size, &request.placement).await?;
         let mut object = NbdVolume::new(
             id.as_str(),
             NbdVolumeSpec {
                 name: request.name.clone(),
                 size_bytes: size,
-                pool: pool.clone(),
-                node: node.clone(),
+                pool,
+                node,
                 content: request.options.content,
                 context: request.options.context.clone(),
                 certificates: certificates(&request.certificates),
@@ -86,38 +104,71 @@ impl Inner {
         object
             .labels_mut()
             .insert(VOLUME_LABEL.into(), id.to_string());
+        object.annotations_mut().insert(NEW.into(), "true".into());
         let params = PostParams {
             field_manager: Some(CONTROLLER.to_owned()),
             ..PostParams::default()
         };
-        match self.volumes.create(&params, &object).await {
-            Ok(made) => {
-                placed.insert(id.clone(), Placed::new(pool, node, size));
-                Ok(made)
-            }
+        let made = self.volumes.create(&params, &object).await;
+        if matches!(made, Err(kube::Error::Api(_))) {
+            self.placed.lock().await.remove(id);
+        }
+        match made {
             // Another controller was faster.
-            Err(error) if is_conflict(&error) => {
-                drop(placed);
-                self.existing(id).await
-            }
-            Err(error) => Err(refused(id.as_str(), "cannot make its object", error)),
+            Err(error) if is_conflict(&error) => self.existing(id).await,
+            made => made.map_err(|error| refused(id.as_str(), "cannot make its object", error)),
         }
     }
 
-    /// Deletes a volume that nobody got to know, so that the next try finds another place for it.
-    async fn take_back(&self, object: &NbdVolume) {
+    /// The pool and node for a new volume, whose room counts as taken from now on.
+    async fn place(
+        &self,
+        id: &VolumeId,
+        size: u64,
+        wanted: &Placement,
+    ) -> Result<(String, String), VolumesError> {
+        let mut placed = self.placed.lock().await;
+        placed.retain(|id, placed| self.view.volume(id.as_str()).is_none() && placed.is_recent());
+        let others = placed.iter().filter(|(other, _)| *other != id);
+        let (pool, node) = self
+            .view
+            .choose(wanted, size, others.map(|(_, placed)| placed))?;
+        placed.insert(id.clone(), Placed::new(pool.clone(), node.clone(), size));
+        Ok((pool, node))
+    }
+
+    /// Deletes a volume that nobody got to know, so that the next try finds another place for it; if there is no room
+    /// for it still.
+    async fn take_back(&self, id: &VolumeId) {
+        let Ok(Some(object)) = self.read(id).await else {
+            return;
+        };
+        let is_misplaced = no_room(&object).is_some() && object.spec.attachments.is_empty();
+        if !is_misplaced || object.metadata.deletion_timestamp.is_some() {
+            return;
+        }
         let params = DeleteParams {
             preconditions: Some(Preconditions {
                 uid: object.uid(),
-                resource_version: None,
+                resource_version: object.resource_version(),
             }),
             ..DeleteParams::default()
         };
-        let name = object.name_any();
-        if let Err(error) = self.volumes.delete(&name, &params).await {
-            tracing::warn!(volume = name, %error, "a volume that has no room cannot be taken back");
+        if let Err(error) = self.volumes.delete(id.as_str(), &params).await {
+            tracing::warn!(volume = %id, %error, "a volume that has no room cannot be taken back");
         }
     }
+}
+
+/// What the agent says where it has not the room for a volume that was never made.
+fn no_room(object: &NbdVolume) -> Option<&str> {
+    let condition = backing(object)?;
+    let is_made = object
+        .status
+        .as_ref()
+        .is_some_and(|status| status.size_bytes.is_some());
+    (condition.status == "False" && condition.reason == NO_ROOM && !is_made)
+        .then_some(condition.message.as_str())
 }
 
 /// Refuses a volume of that name that was asked for elsewhere, or with certificates of another source.

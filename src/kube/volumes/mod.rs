@@ -7,6 +7,7 @@
 mod attach;
 mod create;
 mod place;
+mod standing;
 mod view;
 
 use std::collections::HashMap;
@@ -19,8 +20,8 @@ use serde_json::{Value, json};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use super::api::{self, BACKING_READY, CONTROLLER, NbdVolume, Reach};
-use super::apply::{is_conflict, is_not_found};
+use super::api::{self, BACKING_READY, CONTROLLER, NEW, NbdVolume, Reach};
+use super::apply::{is_conflict, is_not_found, is_quota};
 use crate::storage::size;
 use crate::volumes::{
     AccessMode, Attachment, Capacity, CreateRequest, Placement, Topology, Volume, VolumeId,
@@ -28,6 +29,7 @@ use crate::volumes::{
 };
 
 pub(super) use self::attach::{prune, without_ended};
+pub use self::standing::Standing;
 pub use self::view::View;
 
 /// How long a call waits for others. csi-provisioner's usual patience is 10 s, and the answer has to get there.
@@ -70,9 +72,9 @@ fn refused(volume: &str, doing: &str, error: kube::Error) -> VolumesError {
     match &error {
         kube::Error::Api(status) => match status.code {
             // A quota of the namespace, or of objects of this kind.
-            403 if status.message.contains("quota") => {
-                VolumesError::NoRoom(format!("volume {volume}: {text}"))
-            }
+            403 if is_quota(&error) => VolumesError::NoRoom(format!(
+                "volume {volume}: {text}; raise the ResourceQuota of the driver's namespace, or delete volumes"
+            )),
             400 | 422 => VolumesError::Invalid(format!("volume {volume}: {text}")),
             401 | 403 => VolumesError::Internal {
                 doing: format!("volume {volume}: {text}"),
@@ -144,10 +146,16 @@ impl Inner {
         spec: Value,
     ) -> Result<Option<NbdVolume>, VolumesError> {
         let id = object.name_any();
-        let patch = json!({
+        let mut patch = json!({
             "metadata": { "resourceVersion": object.resource_version(), "uid": object.uid() },
             "spec": spec,
         });
+        let status = object.status.as_ref();
+        if object.annotations().contains_key(NEW)
+            && status.is_some_and(|status| status.size_bytes.is_some())
+        {
+            patch["metadata"]["annotations"] = json!({ NEW: null });
+        }
         let params = PatchParams {
             field_manager: Some(CONTROLLER.to_owned()),
             ..PatchParams::default()

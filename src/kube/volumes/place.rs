@@ -78,27 +78,31 @@ impl View {
         let shares = pool.status.as_ref().map(|status| status.nodes.as_slice());
         let volumes = self.volumes();
         let candidate = |share: &PoolNode| {
-            // What the agent has not made yet it has not counted either.
-            let unmade = volumes
+            let kept = volumes
                 .iter()
-                .filter(|volume| volume.spec.pool == name && volume.spec.node == share.name)
-                .filter(|volume| {
-                    volume
-                        .status
-                        .as_ref()
-                        .is_none_or(|s| s.size_bytes.is_none())
-                })
-                .map(|volume| volume.spec.size_bytes);
-            let unseen = placed
+                .filter(|volume| volume.spec.pool == name && volume.spec.node == share.name);
+            let unseen: u64 = placed
                 .clone()
                 .filter(|one| one.pool == name && one.node == share.name)
-                .map(|one| one.size);
-            let promised: u64 = unmade.chain(unseen).sum();
+                .map(|one| one.size)
+                .sum();
+            let (promised, unmade) = kept.fold((unseen, unseen), |(promised, unmade), volume| {
+                let size = volume.spec.size_bytes;
+                let status = volume.status.as_ref();
+                let is_made = status.is_some_and(|status| status.size_bytes.is_some());
+                (promised + size, unmade + if is_made { 0 } else { size })
+            });
+            // What the agent has not made yet it has not counted either; and what it made just now it may have reported
+            // in the volume, and not in the pool yet.
+            let left = |said: u64| {
+                let counted = share.capacity_bytes.saturating_sub(promised);
+                said.saturating_sub(unmade).min(counted)
+            };
             Candidate {
                 node: share.name.clone(),
                 zone: self.zone(&share.name),
-                available: share.available_bytes.saturating_sub(promised),
-                maximum: share.maximum_volume_bytes.saturating_sub(promised),
+                available: left(share.available_bytes),
+                maximum: left(share.maximum_volume_bytes),
             }
         };
         let shares = shares.unwrap_or_default().iter();
@@ -115,6 +119,11 @@ impl View {
     ) -> Result<(String, String), VolumesError> {
         let pool = self.wanted_pool(place)?;
         let name = pool.name_any();
+        if pool.metadata.deletion_timestamp.is_some() {
+            return Err(VolumesError::NoRoom(format!(
+                "pool {name} is being deleted, and takes no new volumes"
+            )));
+        }
         let all = self.candidates(&pool, placed);
         if all.is_empty() {
             return Err(VolumesError::NoRoom(format!(
@@ -134,10 +143,11 @@ impl View {
     fn wanted_pool(&self, place: &Placement) -> Result<std::sync::Arc<NbdPool>, VolumesError> {
         if let Some(name) = &place.pool {
             return self.pool(name).ok_or_else(|| {
-                VolumesError::Invalid(format!(
-                    "there is no NbdPool {name}; there are: {}",
-                    self.pool_names()
-                ))
+                let there = match self.pool_names() {
+                    names if names.is_empty() => "there is none at all".to_owned(),
+                    names => format!("there are: {names}"),
+                };
+                VolumesError::Invalid(format!("there is no NbdPool {name}; {there}"))
             });
         }
         let pools = self.pools();
@@ -165,7 +175,9 @@ impl View {
             available_bytes: 0,
             maximum_volume_bytes: 0,
         };
-        if let Ok(pool) = self.wanted_pool(place) {
+        if let Ok(pool) = self.wanted_pool(place)
+            && pool.metadata.deletion_timestamp.is_none()
+        {
             let all = self.candidates(&pool, std::iter::empty());
             for one in order(all, pool.spec.reachable, place) {
                 capacity.available_bytes = capacity.available_bytes.saturating_add(one.available);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use futures::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::Node;
-use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use k8s_openapi::jiff::SignedDuration;
 use kube::core::PartialObjectMeta;
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::{WatchStreamExt, watcher};
@@ -23,7 +23,7 @@ use crate::kube::api::{
 use crate::volumes::VolumesError;
 
 /// How long an agent may be silent: it writes once a minute.
-const SILENCE: SignedDuration = SignedDuration::from_secs(180);
+pub(super) const SILENCE: SignedDuration = SignedDuration::from_secs(180);
 
 /// The cluster as it was seen last. Cheap to clone; the watches end with the last clone.
 #[derive(Clone)]
@@ -34,13 +34,6 @@ pub struct View {
     nodes: Store<PartialObjectMeta<Node>>,
     changes: watch::Receiver<()>,
     _watches: Arc<[AbortOnDropHandle<()>; 3]>,
-}
-
-/// Whether a node has the labels that a pool wants.
-fn selects(pool: &NbdPool, node: &PartialObjectMeta<Node>) -> bool {
-    let labels = node.labels();
-    let mut wanted = pool.spec.node_selector.iter();
-    wanted.all(|(key, value)| labels.get(key) == Some(value))
 }
 
 impl View {
@@ -162,59 +155,12 @@ impl View {
         }
     }
 
-    /// Why nobody looks after a node's share of a pool; `None` where its agent does.
-    fn absence(&self, share: &PoolNode) -> Option<String> {
-        let node = &share.name;
-        let Some(object) = self.node(node) else {
-            return Some(format!("node {node} is not in the cluster any more"));
-        };
-        if !self.pools().iter().any(|pool| selects(pool, &object)) {
-            return Some(format!(
-                "node {node} has the labels of no pool any more, so no agent is there"
-            ));
-        }
-        let seen = share.last_seen.as_ref()?.0;
-        (Timestamp::now().duration_since(seen) > SILENCE)
-            .then(|| format!("the agent on node {node} is silent since {seen}"))
-    }
-
-    /// Why a node's share of a pool takes no volumes; `None` where it does.
-    pub(in crate::kube) fn closed(&self, pool: &NbdPool, share: &PoolNode) -> Option<String> {
-        if let Some(absence) = self.absence(share) {
-            return Some(absence);
-        }
-        if !self
-            .node(&share.name)
-            .is_some_and(|node| selects(pool, &node))
-        {
-            return Some(format!(
-                "node {} is not selected any more, and keeps {} volumes",
-                share.name, share.volumes
-            ));
-        }
-        (!share.healthy).then(|| format!("node {}: {}", share.name, share.message))
-    }
-
-    /// Why nobody looks after a volume's data; `None` where an agent does.
-    pub(in crate::kube) fn absent_agent(&self, object: &NbdVolume) -> Option<String> {
-        self.absence(&self.share(object)?)
-    }
-
     /// How it is with the agent that keeps the volume.
     fn agent(&self, object: &NbdVolume) -> String {
         let (pool, node) = (&object.spec.pool, &object.spec.node);
-        let Some(share) = self.share(object) else {
-            return format!(
-                "waiting for the agent on node {node}, which never reported pool {pool}"
-            );
-        };
-        match self.absence(&share) {
-            Some(absence) => format!("waiting for an agent: {absence}"),
-            None if !share.healthy => format!(
-                "waiting for the agent on node {node}, where pool {pool} is not healthy: {}",
-                share.message
-            ),
-            None => format!("waiting for the agent on node {node}"),
+        match self.standing(pool, node).message(pool, node) {
+            message if message.is_empty() => format!("waiting for the agent on node {node}"),
+            message => format!("waiting for the agent on node {node}: {message}"),
         }
     }
 
