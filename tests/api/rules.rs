@@ -49,11 +49,12 @@ pub(crate) async fn the_crds_are_taken_and_their_rules_hold(
     let good: NbdVolume = serde_json::from_value(volume())?;
     api.create(&PostParams::default(), &good).await?;
 
-    let attachment = |node: &str, revoked: bool| {
-        json!({ "spec": { "attachments": [{
-            "id": ATTACHMENT, "node": node, "mode": "single-node-writer", "revoked": revoked,
-        }]}})
+    let one = |number: &str, node: &str, revoked: bool| {
+        let id = format!("att-{number:0>32}");
+        json!({ "id": id, "node": node, "mode": "single-node-writer", "revoked": revoked })
     };
+    let attachment =
+        |node: &str, revoked: bool| json!({ "spec": { "attachments": [one("1", node, revoked)] } });
     for (change, told) in [
         (json!({ "spec": { "name": "pvc-2" } }), "name is immutable"),
         (json!({ "spec": { "node": "node-2" } }), "node is immutable"),
@@ -70,6 +71,14 @@ pub(crate) async fn the_crds_are_taken_and_their_rules_hold(
         (
             json!({ "spec": { "certificates": { "source": "certManager" } } }),
             "needs issuer",
+        ),
+        (json!({ "spec": { "attachments": [] } }), "revoked: true"),
+        (json!({ "spec": { "attachments": null } }), "revoked: true"),
+        (
+            json!({ "spec": { "attachments": [
+                one("1", "node-1", true), one("2", "node-1", false), one("3", "node-2", false),
+            ]}}),
+            "one node at a time",
         ),
         (attachment("node-1", false), "stays so"),
         (attachment("node-2", true), "immutable"),
@@ -110,6 +119,10 @@ pub(crate) async fn the_crds_are_taken_and_their_rules_hold(
             ),
         }
     }
+
+    // Once the agent has said so, it may leave.
+    let gone = json!({ "spec": { "attachments": [] } });
+    ensure!(is_refused(&api, false, gone).await?.is_none());
 
     let pools: Api<NbdPool> = Api::all(client.clone());
     let pool = |path: &str| {

@@ -1,14 +1,10 @@
 //! What the controller makes of CSI's calls, and of what happens to its objects.
 
-use std::process::Command;
-use std::time::Duration;
-
 use anyhow::{Context, Result, bail, ensure};
 use hawser::kube::api::{NbdVolume, Phase, ZONE_KEY};
 use hawser::proto::csi;
 use hawser::volumes::VolumeId;
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Pod, Secret};
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
@@ -18,7 +14,7 @@ use tonic::Code;
 use crate::parts::report;
 use crate::server::ApiServer;
 use crate::until;
-use crate::world::{Controller, GIB, SOON, World, make_pool, refusal};
+use crate::world::{GIB, SOON, World, make_pool, refusal};
 
 pub(crate) async fn a_volume_lives_and_goes(server: &ApiServer, namespace: &str) -> Result<()> {
     let mut world = World::new(server, namespace).await?;
@@ -154,53 +150,6 @@ pub(crate) async fn a_detachment_waits_for_the_agents_mark(
     world.agent.sleeps(false);
     world.unpublish(&id, "node-1").await?;
     ensure!(api.get(&id).await?.spec.attachments.is_empty());
-    Ok(())
-}
-
-pub(crate) async fn two_controllers_make_one_volume_and_the_second_takes_over(
-    server: &ApiServer,
-    namespace: &str,
-) -> Result<()> {
-    let mut world = World::new(server, namespace).await?;
-    let second = Controller::start(server, world.folder.path(), namespace, "b").await?;
-    let wanted = world.wanted("pvc-race");
-    let (mut one, mut other) = (world.controller.csi.clone(), second.csi.clone());
-    let (one, other) = tokio::join!(
-        one.create_volume(wanted.clone()),
-        other.create_volume(wanted)
-    );
-    for made in [one, other] {
-        match made {
-            Ok(_) => {}
-            Err(status) => ensure!(status.code() == Code::Unavailable, "{status}"),
-        }
-    }
-    let id = world.create("pvc-race").await?.volume_id;
-    world.ready(&id).await?;
-    let leases: Api<Lease> = world.api();
-    let holder = async || -> Result<Option<String>> {
-        let lease = leases.get("hawser-controller").await?;
-        Ok(lease.spec.and_then(|spec| spec.holder_identity))
-    };
-    let first = holder().await?.context("nobody leads")?;
-    ensure!(first.starts_with("a_"), "{first}");
-    // The first is killed: the second takes over when the Lease ended.
-    let killed = std::mem::replace(&mut world.controller, second);
-    drop(killed.process);
-    until("the second leads", Duration::from_secs(40), async || {
-        Ok(holder().await?.filter(|holder| holder.starts_with("b_")))
-    })
-    .await?;
-    let id = world.create("pvc-after").await?.volume_id;
-    world.ready(&id).await?;
-    // It is told to end: it lets the Lease go.
-    let status = Command::new("kill")
-        .arg(world.controller.process.id().to_string())
-        .status()?;
-    ensure!(status.success());
-    let ended = world.controller.process.wait()?;
-    ensure!(ended.success(), "{ended}: {}", world.controller.told());
-    ensure!(holder().await?.is_none());
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! One namespace with everything a volume needs, and CSI's calls as the sidecars make them.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -10,15 +11,16 @@ use hawser::proto::csi::controller_client::ControllerClient;
 use hawser::proto::csi::volume_capability::{AccessType, BlockVolume};
 use hawser::proto::csi::{self, volume_capability};
 use hawser::proto::socket;
+use k8s_openapi::ByteString;
+use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
-use kube::api::PostParams;
+use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
 use serde_json::json;
-use tokio::task::JoinHandle;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use crate::parts::{Agent, kubelet, report};
-use crate::server::{ApiServer, Process};
+use crate::parts::{Agent, Kubelet, report};
+use crate::server::{ApiServer, Process, Who};
 use crate::until;
 
 pub(crate) const SOON: Duration = Duration::from_secs(30);
@@ -36,18 +38,24 @@ pub(crate) fn refusal<T>(result: Result<T, Status>) -> Result<Status> {
 pub(crate) struct Controller {
     pub(crate) process: Process,
     pub(crate) csi: ControllerClient<Channel>,
+    pub(crate) socket: PathBuf,
     pub(crate) log: PathBuf,
 }
 
 impl Controller {
+    /// Starts the replica of that name, with the rights of the chart.
     pub(crate) async fn start(
         server: &ApiServer,
-        folder: &std::path::Path,
+        folder: &Path,
         namespace: &str,
         name: &str,
     ) -> Result<Self> {
         let path = folder.join(format!("{name}.sock"));
         let log = folder.join(format!("{name}.log"));
+        let who = Who::Controller {
+            namespace,
+            replica: name,
+        };
         let process = Process::start(
             &log,
             Command::new(env!("CARGO_BIN_EXE_hawser"))
@@ -55,27 +63,37 @@ impl Controller {
                     "controller",
                     "--image=hawser:test",
                     "--lease=hawser-controller",
+                    "--authority-overlap=1",
                 ])
                 .arg(format!("--endpoint=unix://{}", path.display()))
                 .arg(format!("--namespace={namespace}"))
                 .arg(format!("--name={name}"))
-                .env("KUBECONFIG", &server.kubeconfig),
+                .env("KUBECONFIG", server.kubeconfig(who)?),
         )?;
         let channel = until("the controller answers", SOON, async || {
             Ok(socket::connect(&path).await.ok())
         })
         .await
-        .with_context(|| std::fs::read_to_string(&log).unwrap_or_default())?;
+        .with_context(|| tail(&log))?;
         Ok(Self {
             process,
             csi: ControllerClient::new(channel),
+            socket: path,
             log,
         })
     }
 
     pub(crate) fn told(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap_or_default()
+        tail(&self.log)
     }
+}
+
+/// The end of a log.
+pub(crate) fn tail(log: &Path) -> String {
+    const LINES: usize = 60;
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(LINES)..].join("\n")
 }
 
 /// A namespace with a pool on node-1, an agent, a kubelet and a controller.
@@ -84,18 +102,13 @@ pub(crate) struct World<'a> {
     pub(crate) namespace: String,
     pub(crate) folder: tempfile::TempDir,
     pub(crate) agent: Agent,
-    pub(crate) kubelet: JoinHandle<()>,
+    _kubelet: Kubelet,
     pub(crate) controller: Controller,
-}
-
-impl Drop for World<'_> {
-    fn drop(&mut self) {
-        self.kubelet.abort();
-    }
 }
 
 impl<'a> World<'a> {
     pub(crate) async fn new(server: &'a ApiServer, namespace: &str) -> Result<Self> {
+        server.chart.grant(&server.client, namespace).await?;
         make_pool(server, namespace, "Everywhere").await?;
         report(&server.client, namespace, "node-1", 100 * GIB).await?;
         let folder = tempfile::tempdir()?;
@@ -105,7 +118,7 @@ impl<'a> World<'a> {
             namespace: namespace.to_owned(),
             folder,
             agent: Agent::start(server.client.clone(), namespace),
-            kubelet: kubelet(server.client.clone(), namespace),
+            _kubelet: Kubelet::start(server.client.clone(), namespace),
             controller,
         })
     }
@@ -115,6 +128,33 @@ impl<'a> World<'a> {
         K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
     {
         Api::namespaced(self.server.client.clone(), &self.namespace)
+    }
+
+    /// Somebody's own Secret for one side of a volume.
+    pub(crate) async fn put_secret(
+        &self,
+        name: &str,
+        parts: &BTreeMap<String, Vec<u8>>,
+    ) -> Result<()> {
+        let data = parts.iter();
+        let data = data.map(|(key, value)| (key.clone(), ByteString(value.clone())));
+        let secret = Secret {
+            metadata: ObjectMeta {
+                name: Some(name.to_owned()),
+                ..ObjectMeta::default()
+            },
+            type_: Some("kubernetes.io/tls".to_owned()),
+            data: Some(data.collect()),
+            ..Secret::default()
+        };
+        let api: Api<Secret> = self.api();
+        let patch = Patch::Apply(json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": secret.metadata,
+            "type": secret.type_, "data": secret.data,
+        }));
+        api.patch(name, &PatchParams::apply("somebody").force(), &patch)
+            .await?;
+        Ok(())
     }
 
     pub(crate) fn wanted(&self, name: &str) -> csi::CreateVolumeRequest {
