@@ -1,6 +1,6 @@
 //! The driver as it is installed into the cluster.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -18,6 +18,7 @@ pub(crate) const NAMESPACE: &str = "hawser-system";
 pub(crate) const STORAGE_NODE: &str = "node1";
 
 /// The image, as `tests/support/image` makes it.
+const ARCHIVE: &str = "hawser.tar";
 const REGISTRY: &str = "hawser.test";
 const TAG: &str = "e2e";
 const PREVIOUS_TAG: &str = "e2e-previous";
@@ -48,21 +49,20 @@ fn checkout() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Builds the image, with the executable that cargo has built with this test in it. Returns its archive.
-pub(crate) fn build_image(images: &Path) -> Result<PathBuf> {
-    let archive = images.join("hawser.tar");
+/// Builds the image, with the executable that cargo has built with this test in it, into a folder of archives.
+pub(crate) fn build_image(images: &Path) -> Result<()> {
     output(
         Command::new(checkout().join("tests/support/image"))
-            .arg(&archive)
+            .arg(images.join(ARCHIVE))
             .arg(format!("{REGISTRY}/hawser:{TAG}"))
             .arg(env!("CARGO_BIN_EXE_hawser")),
-    )?;
-    Ok(archive)
+    )
+    .map(drop)
 }
 
 /// Imports it, under the names of both versions: no executable of the previous one is kept.
-pub(crate) fn import_image(staging: &Staging, archive: &Path) -> Result<()> {
-    staging.import(archive)?;
+pub(crate) fn import_image(staging: &Staging, images: &Path) -> Result<()> {
+    staging.import(&images.join(ARCHIVE))?;
     let name = |tag: &str| format!("{REGISTRY}/hawser:{tag}");
     staging.tag(&name(TAG), &name(PREVIOUS_TAG))
 }

@@ -1,9 +1,13 @@
-//! Outside: gives the test its own namespaces.
+//! Outside: builds the image, which takes packages from the network, and gives the test its own namespaces.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
+
+use super::driver;
+use super::report::step;
+use super::tools::Tools;
 
 pub(crate) const INSIDE: &str = "--inside";
 
@@ -19,6 +23,7 @@ pub(crate) fn main(arguments: &[String]) -> Result<ExitCode> {
         rustix::process::geteuid().is_root(),
         "this tier needs root, for a network namespace with a bridge and taps in it: run `make e2e` as root"
     );
+    step("image", || driver::build_image(&Tools::find()?.images()))?;
     let error = Command::new("unshare")
         .args([
             "--net",

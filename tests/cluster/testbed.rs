@@ -107,7 +107,7 @@ impl Testbed {
                     ControlPlane::start(&tools, work.path(), &logs, &names)
                 })
             });
-            step("images, and a disk with them", || {
+            step("a disk with the images", || {
                 lay_out_disk(&tools, work.path(), &logs, &parts.disk())
             })?;
             joined(plane)
@@ -286,16 +286,13 @@ impl Testbed {
     }
 }
 
-/// Builds the driver's image while the others are imported, and makes the disk that nodes begin with.
+/// Makes the disk that nodes begin with.
 fn lay_out_disk(tools: &Tools, work: &Path, logs: &Path, disk: &Path) -> Result<()> {
     let staging = Staging::begin(tools, work, logs)?;
-    thread::scope(|scope| {
-        let image = scope.spawn(|| driver::build_image(&tools.images()));
-        for archive in tools.other_images()? {
-            staging.import(&archive)?;
-        }
-        driver::import_image(&staging, &joined(image)?)
-    })?;
+    for archive in tools.other_images()? {
+        staging.import(&archive)?;
+    }
+    driver::import_image(&staging, &tools.images())?;
     staging.finish(disk)
 }
 
