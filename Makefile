@@ -7,7 +7,7 @@ install = @tests/support/install
 # What `make test` runs, in this order: what fails soonest comes first.
 TIERS = check deny chart fuzz csi server verify peers standalone api kernel e2e
 
-.PHONY: test demo sanity figures bench $(TIERS)
+.PHONY: test demo sanity figures bench bench-attach $(TIERS)
 
 test:
 	@tests/support/tiers $(TIERS)
@@ -69,6 +69,11 @@ figures:
 bench:
 	$(install) bench
 	cargo bench --locked --bench servers -- $(ARGS)
+
+# Hawser's kernel device beside nbd-client's, in some minutes. ARGS=--settings tries the device's settings instead.
+bench-attach:
+	$(install) bench kernel
+	cargo bench --locked --bench attach -- $(ARGS)
 
 demo:
 	$(install) demo

@@ -70,6 +70,7 @@ pub struct Machine {
     absent: Vec<String>,
     shares: Vec<(Access, PathBuf)>,
     environment: Vec<(OsString, OsString)>,
+    tap: Option<String>,
 }
 
 /// How a command inside ended.
@@ -95,6 +96,7 @@ impl Machine {
             absent: Vec::new(),
             shares: vec![modules],
             environment: Vec::new(),
+            tap: None,
         }
     }
 
@@ -142,6 +144,13 @@ impl Machine {
         self
     }
 
+    /// Joins the machine to one of the host's tap devices, as its interface `vec0`, which is yet without an address.
+    #[must_use]
+    pub fn network(mut self, tap: &str) -> Self {
+        self.tap = Some(tap.to_owned());
+        self
+    }
+
     /// Starts the kernel and runs a command as root in it, handing over each line of its output (both streams) as it
     /// is printed. Nothing is left of either when this returns.
     ///
@@ -154,7 +163,8 @@ impl Machine {
         mut line: impl FnMut(&str),
     ) -> Result<Outcome, Error> {
         let stage = self.stage(command)?;
-        let mut process = Process::start(&self.kernel, self.memory_mib, &stage)?;
+        let mut process =
+            Process::start(&self.kernel, self.memory_mib, self.tap.as_deref(), &stage)?;
         let started = Instant::now();
         let finished = process.relay(self.deadline, self.silence, &mut line);
         let (console, status) = (stage.console(), stage.status());

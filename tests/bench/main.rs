@@ -10,6 +10,7 @@ mod floor;
 mod plot;
 mod report;
 mod servers;
+mod spread;
 
 use std::path::PathBuf;
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::report::Spread;
+use super::spread::Spread;
 
 const WIDTH: f64 = 720.0;
 const LABEL: f64 = 130.0;

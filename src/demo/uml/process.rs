@@ -32,7 +32,12 @@ pub(super) struct Process {
 }
 
 impl Process {
-    pub(super) fn start(kernel: &Kernel, memory_mib: u32, stage: &Stage) -> Result<Self, Error> {
+    pub(super) fn start(
+        kernel: &Kernel,
+        memory_mib: u32,
+        tap: Option<&str>,
+        stage: &Stage,
+    ) -> Result<Self, Error> {
         let memory = memory_folder(memory_mib)?;
         let failed = |source| Error::File {
             doing: "starting",
@@ -50,6 +55,7 @@ impl Process {
             .arg(format!("uml_dir={}/", stage.path().display()))
             // The kernel and its first process speak on the first console, the command on the second.
             .args(["con=null", "con0=null,fd:2", "con1=null,fd:1"])
+            .args(tap.map(|tap| format!("vec0:transport=tap,ifname={tap},depth=128,gro=1")))
             .env("TMPDIR", memory)
             .env("HAWSER_UML_STAGE", stage.path())
             .env(
