@@ -7,7 +7,7 @@ install = @tests/support/install
 # What `make test` runs, in this order: what fails soonest comes first.
 TIERS = check deny chart fuzz csi server verify peers standalone api kernel e2e
 
-.PHONY: test demo sanity figures bench bench-attach $(TIERS)
+.PHONY: test demo sanity figures bench bench-attach growth $(TIERS)
 
 test:
 	@tests/support/tiers $(TIERS)
@@ -74,6 +74,11 @@ bench:
 bench-attach:
 	$(install) bench kernel
 	cargo bench --locked --bench attach -- $(ARGS)
+
+# The control plane with 1 to 3000 volumes, on a real API server, in ten minutes.
+growth:
+	$(install) e2e
+	cargo bench --locked --bench growth -- $(ARGS)
 
 demo:
 	$(install) demo
