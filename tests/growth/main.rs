@@ -7,8 +7,6 @@
 
 mod curve;
 mod pods;
-#[path = "../api/server.rs"]
-#[allow(dead_code, reason = "the tests of the API do more with its processes")]
 mod server;
 #[path = "../bench/spread.rs"]
 #[allow(dead_code, reason = "what is written down is larger there")]
