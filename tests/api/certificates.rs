@@ -274,7 +274,7 @@ pub(crate) async fn cert_manager_is_asked_and_may_go(
     server: &ApiServer,
     namespace: &str,
 ) -> Result<()> {
-    let world = World::new(server, namespace).await?;
+    let mut world = World::new(server, namespace).await?;
     let mut wanted = world.wanted("pvc-asked");
     for (key, value) in [("certificates", "certManager"), ("issuer", "storage")] {
         wanted.parameters.insert(key.to_owned(), value.to_owned());
@@ -353,16 +353,5 @@ pub(crate) async fn cert_manager_is_asked_and_may_go(
     .await?;
     condition(&world, &id, "ServerReady", |one| one.status == "True").await?;
     // So it is deleted like any other.
-    let deleted = csi_delete(&world, &id).await;
-    ensure!(deleted.is_ok(), "{deleted:?}");
-    Ok(())
-}
-
-async fn csi_delete(world: &World<'_>, id: &str) -> Result<()> {
-    let request = hawser::proto::csi::DeleteVolumeRequest {
-        volume_id: id.to_owned(),
-        ..Default::default()
-    };
-    world.controller.csi.clone().delete_volume(request).await?;
-    Ok(())
+    world.delete_at_last(&id).await
 }

@@ -77,6 +77,5 @@ pub(crate) async fn what_was_wiped_or_restored_is_put_right(
     ensure!(restored.spec.attachments == used.spec.attachments);
     ensure!(!restored.annotations().contains_key("hawser.dev/new"));
     world.unpublish(&id, "node-1").await?;
-    world.delete(&id).await?;
-    Ok(())
+    world.delete_at_last(&id).await
 }

@@ -119,11 +119,7 @@ pub(crate) async fn a_place_that_goes_is_told_and_nothing_is_forgotten(
     );
     make_node(server, one, Some(pool)).await?;
     world.agent.sleeps(false);
-    until("it is deleted", SOON, async || {
-        Ok(world.delete(&id).await.ok())
-    })
-    .await
-    .with_context(|| world.controller.told())?;
+    world.delete_at_last(&id).await?;
 
     // The pool is deleted: not before its volumes.
     until("the pool is held", SOON, async || {
@@ -148,7 +144,7 @@ pub(crate) async fn a_place_that_goes_is_told_and_nothing_is_forgotten(
     );
     world.publish(&second, two).await?;
     world.unpublish(&second, two).await?;
-    world.delete(&second).await?;
+    world.delete_at_last(&second).await?;
     until("the pool is gone", SOON, async || {
         Ok(pools.get_opt(pool).await?.is_none().then_some(()))
     })

@@ -23,7 +23,8 @@ use crate::parts::{Agent, Kubelet, report};
 use crate::server::{ApiServer, Process, Who};
 use crate::until;
 
-pub(crate) const SOON: Duration = Duration::from_secs(30);
+/// How long a thing may take that takes a second where nothing else goes on.
+pub(crate) const SOON: Duration = Duration::from_secs(60);
 pub(crate) const GIB: u64 = 1 << 30;
 
 /// The refusal of a call that must not succeed.
@@ -221,6 +222,25 @@ impl<'a> World<'a> {
         };
         self.controller.csi.delete_volume(request).await?;
         Ok(())
+    }
+
+    /// Deletes as csi-provisioner does: again and again.
+    pub(crate) async fn delete_at_last(&mut self, id: &str) -> Result<()> {
+        let request = csi::DeleteVolumeRequest {
+            volume_id: id.to_owned(),
+            ..csi::DeleteVolumeRequest::default()
+        };
+        let client = self.controller.csi.clone();
+        let deleted = until("the volume is deleted", SOON, async || {
+            match client.clone().delete_volume(request.clone()).await {
+                Ok(_) => Ok(Some(())),
+                Err(status) if matches!(status.code(), Code::Unavailable | Code::Aborted) => {
+                    Ok(None)
+                }
+                Err(status) => bail!("{status}"),
+            }
+        });
+        deleted.await.with_context(|| self.controller.told())
     }
 
     pub(crate) async fn ready(&self, id: &str) -> Result<NbdVolume> {

@@ -108,7 +108,7 @@ impl Pools {
             .filter(|volume| volume.spec.pool == name)
             .count();
         let mut finalizers = pool.finalizers().to_vec();
-        let is_held = finalizers.iter().any(|held| *held == self.finalizer);
+        let is_held = finalizers.contains(&self.finalizer);
         // None can be added to what is being deleted.
         if is_held == (count > 0) || (count > 0 && pool.metadata.deletion_timestamp.is_some()) {
             return Ok(count);

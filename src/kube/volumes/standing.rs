@@ -164,9 +164,9 @@ impl View {
         let state = (self.clone(), self.changes(), self.places());
         futures::stream::unfold(state, |(view, mut changes, before)| async move {
             loop {
-                match tokio::time::timeout(AGAIN, changes.changed()).await {
-                    Ok(Err(_)) => return None,
-                    Ok(Ok(())) | Err(_) => {}
+                let told = tokio::time::timeout(AGAIN, changes.changed());
+                if let Ok(Err(_)) = told.await {
+                    return None;
                 }
                 tokio::time::sleep(GATHER).await;
                 let now = view.places();
