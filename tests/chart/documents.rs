@@ -89,19 +89,21 @@ fn the_parameters_of_classes_are_those_that_the_code_knows() {
 }
 
 /// Where conditions and Events get their reasons.
-const SOURCES: [&str; 8] = [
+const SOURCES: [&str; 10] = [
     "src/agent/decide.rs",
     "src/agent/reconcile.rs",
     "src/kube/api/mod.rs",
     "src/kube/controller/certificates.rs",
+    "src/kube/controller/pools.rs",
     "src/kube/controller/reconcile.rs",
     "src/kube/controller/server.rs",
     "src/kube/controller/status.rs",
+    "src/kube/volumes/standing.rs",
     "src/node/notes.rs",
 ];
 
 /// Words there that look like reasons, and are Kubernetes' own.
-const NO_REASONS: [&str; 20] = [
+const NO_REASONS: [&str; 21] = [
     "AgentReady",
     "Always",
     "Attach",
@@ -112,6 +114,7 @@ const NO_REASONS: [&str; 20] = [
     "Directory",
     "False",
     "In",
+    "Look",
     "OnDelete",
     "OnRootMismatch",
     "Parallel",
