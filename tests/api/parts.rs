@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use futures::StreamExt;
@@ -25,6 +25,9 @@ use tokio::task::JoinHandle;
 /// How often a part looks again though it heard nothing.
 const TURN: Duration = Duration::from_millis(500);
 
+/// How often an agent says that it is there.
+const HEARTBEAT: Duration = Duration::from_secs(60);
+
 /// What a part does side by side.
 const SIDE_BY_SIDE: usize = 8;
 
@@ -35,6 +38,7 @@ struct Room {
     /// The volumes there, by the uid of their object.
     kept: HashMap<String, u64>,
     is_told: bool,
+    told_at: Instant,
 }
 
 /// What the agents of all nodes do.
@@ -83,6 +87,7 @@ impl Agent {
             bytes,
             kept: HashMap::new(),
             is_told: false,
+            told_at: Instant::now(),
         };
         let mut rooms = self
             .played
@@ -176,9 +181,12 @@ impl Played {
     async fn tell_rooms(&self) {
         let due: Vec<_> = {
             let mut rooms = self.rooms.lock().unwrap_or_else(PoisonError::into_inner);
-            let due = rooms.iter_mut().filter(|(_, room)| !room.is_told);
+            let due = rooms
+                .iter_mut()
+                .filter(|(_, room)| !room.is_told || room.told_at.elapsed() > HEARTBEAT);
             due.map(|(place, room)| {
                 room.is_told = true;
+                room.told_at = Instant::now();
                 (place.clone(), room.bytes, room.kept.values().sum::<u64>())
             })
             .collect()

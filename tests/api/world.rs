@@ -19,7 +19,7 @@ use serde_json::json;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use crate::parts::{Agent, Kubelet, report};
+use crate::parts::{Agent, Kubelet};
 use crate::server::{ApiServer, Process, Who};
 use crate::until;
 
@@ -111,14 +111,21 @@ impl<'a> World<'a> {
     pub(crate) async fn new(server: &'a ApiServer, namespace: &str) -> Result<Self> {
         server.chart.grant(&server.client, namespace).await?;
         make_pool(server, namespace, "Everywhere").await?;
-        report(&server.client, namespace, "node-1", 100 * GIB).await?;
         let folder = tempfile::tempdir()?;
         let controller = Controller::start(server, folder.path(), namespace, "a").await?;
+        let agent = Agent::start(server.client.clone(), namespace);
+        agent.keeps(namespace, "node-1", 100 * GIB);
+        until("the pool has room", SOON, async || {
+            let pools: Api<NbdPool> = Api::all(server.client.clone());
+            let status = pools.get(namespace).await?.status;
+            Ok(status.filter(|status| !status.nodes.is_empty()).map(|_| ()))
+        })
+        .await?;
         Ok(Self {
             server,
             namespace: namespace.to_owned(),
             folder,
-            agent: Agent::start(server.client.clone(), namespace),
+            agent,
             _kubelet: Kubelet::start(server.client.clone(), namespace),
             controller,
         })
