@@ -86,11 +86,11 @@ fn uninstalled_while_in_use(testbed: &Testbed) -> Result<()> {
         || {
             until("nothing is attached", PATIENCE, || {
                 let volumes = ours.objects("nbdvolume", "")?;
-                let used = volumes.iter().any(|volume| {
-                    let attachments = volume["spec"]["attachments"].as_array();
-                    attachments.is_some_and(|attachments| !attachments.is_empty())
-                });
-                Ok((!used).then_some(()))
+                let mut attached = volumes.iter().map(|volume| &volume["spec"]["attachments"]);
+                let is_used = attached.any(|all| all.as_array().is_some_and(|all| !all.is_empty()));
+                // What Kubernetes notes of it goes a moment later.
+                let noted = ours.objects("volumeattachment", "")?;
+                Ok((!is_used && noted.is_empty()).then_some(()))
             })?;
             let (done, said) = driver::uninstall(&testbed.kubectl)?;
             ensure!(done, "helm uninstall failed: {said}");
