@@ -3,14 +3,12 @@
 use std::sync::Arc;
 
 use rustls::client::{Resumption, WantsClientCert};
-use rustls::crypto::CryptoProvider;
-use rustls::crypto::aws_lc_rs::{self, cipher_suite};
 use rustls::version::{TLS12, TLS13};
 use rustls::{ClientConfig, RootCertStore};
 
 use super::error::CertificateError;
-use super::provider;
 use super::secret::{Secret, Side, unusable};
+use super::{kernel_provider, provider};
 
 /// What becomes of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,10 +68,7 @@ fn builder(
     };
     let provider = match profile {
         Profile::Probe | Profile::Any | Profile::Tls12 => provider(),
-        Profile::Kernel => Arc::new(CryptoProvider {
-            cipher_suites: vec![cipher_suite::TLS13_CHACHA20_POLY1305_SHA256],
-            ..aws_lc_rs::default_provider()
-        }),
+        Profile::Kernel => kernel_provider(),
     };
     Ok(ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(versions)
