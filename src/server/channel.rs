@@ -8,12 +8,14 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 
+use rustix::io::ioctl_fionread;
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{
     ConnectionState, EncodeError, EncryptError, InsufficientSizeError, UnbufferedStatus,
 };
 
 use super::buffer::Buffer;
+use crate::sys::socket::set_receive_low_water;
 
 /// The longest plaintext of a record (RFC 8446, 5.1).
 const RECORD: usize = 16 << 10;
@@ -48,6 +50,8 @@ pub(super) struct Channel {
     outgoing: Buffer,
     /// The peer said that it will send nothing more.
     closed: bool,
+    /// Bytes that poll(2) is to wait for.
+    low_water: usize,
 }
 
 /// Where plaintext goes.
@@ -97,6 +101,7 @@ impl Channel {
             rest: Buffer::default(),
             outgoing: Buffer::default(),
             closed: false,
+            low_water: 1,
         }
     }
 
@@ -308,6 +313,21 @@ impl Channel {
             }
         }
         Ok(sent)
+    }
+
+    /// From now on poll(2) finds something to read when so many bytes are there, or the end.
+    pub(super) fn set_low_water(&mut self, bytes: usize) -> Result<(), ChannelError> {
+        if bytes != self.low_water {
+            set_receive_low_water(&self.socket, bytes)?;
+            self.low_water = bytes;
+        }
+        Ok(())
+    }
+
+    /// Bytes that wait in the socket.
+    pub(super) fn unread(&self) -> Result<usize, ChannelError> {
+        let unread = ioctl_fionread(&self.socket).map_err(io::Error::from)?;
+        Ok(usize::try_from(unread).unwrap_or(usize::MAX))
     }
 
     /// Whether ciphertext waits to be sent.

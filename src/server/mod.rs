@@ -15,6 +15,7 @@ mod epoch;
 mod exports;
 mod negotiation;
 mod outgoing;
+mod pace;
 mod reception;
 mod serve;
 mod service;

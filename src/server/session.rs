@@ -15,6 +15,7 @@ use super::channel::{Channel, ChannelError, Received, Sink};
 use super::command::{Reply, Style};
 use super::exports::{Order, Presence};
 use super::outgoing::Outgoing;
+use super::pace::{self, Pace};
 use super::service::Service;
 use super::wake::Wake;
 use crate::nbd::codec::Malformed;
@@ -99,6 +100,7 @@ pub(super) enum Ending {
 pub(super) struct Session {
     channel: Channel,
     requests: Requests,
+    pace: Pace,
     received_at: Instant,
     /// Since when the peer has taken nothing of what waits to be sent.
     unsent_since: Option<Instant>,
@@ -196,6 +198,7 @@ impl Session {
                 spare: Vec::new(),
                 order: Order::Serve,
             },
+            pace: Pace::default(),
             received_at: Instant::now(),
             unsent_since: None,
             resting: false,
@@ -290,6 +293,7 @@ impl Session {
         if reading && self.channel.has_buffered() {
             return Ok(());
         }
+        let low_water = self.low_water(reading)?;
         let mut interest = PollFlags::empty();
         if reading {
             interest |= PollFlags::IN;
@@ -297,8 +301,11 @@ impl Session {
         if self.channel.is_sending() {
             interest |= PollFlags::OUT;
         }
-        let idle = settled && self.requests.receiving.is_between_messages();
+        let idle = settled && self.requests.receiving.is_between_messages() && low_water == 1;
         let mut timeout = self.patience(reading)?;
+        if low_water > 1 {
+            timeout = Some(pace::MOMENT.min(timeout.unwrap_or(pace::MOMENT)));
+        }
         if idle && !self.resting && timeout.is_none() {
             timeout = Some(LOOK);
         }
@@ -311,6 +318,9 @@ impl Session {
             Err(OsErrno::INTR) => return Ok(()),
             ready => ready.map_err(Ending::Poll)?,
         };
+        if ready == 0 && low_water > 1 {
+            self.pace.vain();
+        }
         let woken = !fds[1].revents().is_empty();
         // Without interest in either, a peer that is gone would be reported for ever.
         if interest.is_empty() && fds[0].revents().intersects(PollFlags::ERR | PollFlags::HUP) {
@@ -330,6 +340,27 @@ impl Session {
         }
         self.resting = idle && ready == 0;
         Ok(())
+    }
+
+    /// Bytes to wait for now.
+    fn low_water(&mut self, reading: bool) -> Result<usize, Ending> {
+        if !reading || self.channel.is_sending() {
+            self.channel.set_low_water(1)?;
+            return Ok(1);
+        }
+        if self.pace.is_silence_due() {
+            let silence = Timespec::try_from(pace::SILENCE).ok();
+            let mut fds = [PollFd::new(&*self.requests.presence.wake, PollFlags::IN)];
+            // Who wakes the session meanwhile finds it awake, and is found by the poll(2) that follows.
+            match poll(&mut fds, silence.as_ref()) {
+                Err(OsErrno::INTR) => {}
+                slept => drop(slept.map_err(Ending::Poll)?),
+            }
+            self.pace.heard(self.channel.unread()?);
+        }
+        let low_water = self.pace.low_water();
+        self.channel.set_low_water(low_water)?;
+        Ok(low_water)
     }
 
     /// How long to sleep at most, or that the peer was waited for long enough.

@@ -7,4 +7,5 @@ pub mod ktls;
 pub mod memory;
 pub mod netlink;
 pub mod process;
+pub mod socket;
 mod sockopt;
