@@ -18,14 +18,29 @@ use crate::daemon::chain;
 const FIRST: Duration = Duration::from_millis(200);
 const LAST: Duration = Duration::from_secs(2);
 
-struct Pauses(Duration);
+/// The pauses of one watch, or of some that pause together.
+pub(super) struct Pauses {
+    next: Duration,
+    last: Duration,
+}
+
+impl Pauses {
+    /// Of so many watches whose failures count as one another's: each is still tried as often as one that is alone.
+    pub(super) fn of(watches: u32) -> Self {
+        let last = LAST / watches;
+        Self {
+            next: FIRST.min(last),
+            last,
+        }
+    }
+}
 
 impl Iterator for Pauses {
     type Item = Duration;
 
     fn next(&mut self) -> Option<Duration> {
-        let pause = self.0;
-        self.0 = (pause * 2).min(LAST);
+        let pause = self.next;
+        self.next = (pause * 2).min(self.last);
         let chance = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         Some(pause + pause * (chance.subsec_micros() % 1000) / 1000)
     }
@@ -33,7 +48,7 @@ impl Iterator for Pauses {
 
 impl Backoff for Pauses {
     fn reset(&mut self) {
-        self.0 = FIRST;
+        self.next = FIRST.min(self.last);
     }
 }
 
@@ -55,7 +70,7 @@ where
 {
     let kind = K::kind(&());
     loop {
-        let mut events = pin!(watcher(api.clone(), which.clone()).backoff(Pauses(FIRST)));
+        let mut events = pin!(watcher(api.clone(), which.clone()).backoff(Pauses::of(1)));
         let mut all = Vec::new();
         let mut said = None;
         while let Some(event) = events.next().await {
@@ -80,5 +95,25 @@ where
             }
         }
         tokio::time::sleep(LAST).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_api_server_that_is_away_is_asked_every_few_seconds_however_long_that_is() {
+        for watches in [1, 4] {
+            let mut pauses = Pauses::of(watches);
+            let first = pauses.next().unwrap();
+            assert!(first < FIRST * 2, "{first:?}");
+            for pause in pauses.by_ref().skip(8).take(1000) {
+                let of_each = pause * watches;
+                assert!(of_each >= LAST && of_each < LAST * 2, "{pause:?}");
+            }
+            pauses.reset();
+            assert!(pauses.next().unwrap() < FIRST * 2);
+        }
     }
 }

@@ -30,6 +30,7 @@ use crate::kube::api::{
     SERVER_FINALIZER, VOLUME_LABEL,
 };
 use crate::kube::apply::{apply, apply_status_of, is_conflict, is_not_found};
+use crate::kube::follow::Pauses;
 use crate::kube::volumes::{View, prune, without_ended};
 use crate::volumes::VolumeId;
 
@@ -44,6 +45,9 @@ const AGAIN: Duration = Duration::from_secs(600);
 
 /// How often a volume is looked at that waits for something that is not watched.
 const SOON: Duration = Duration::from_secs(10);
+
+/// Watches that bring volumes here, and pause together: on the volumes, and on their StatefulSets, Secrets and pods.
+const WATCHES: u32 = 4;
 
 /// After how long a failed look is repeated.
 const RETRY: Duration = Duration::from_secs(5);
@@ -175,6 +179,7 @@ impl Keeper {
             .watches(secrets, watcher::Config::default(), of_secret)
             .watches(inner.pods.clone(), servers, of_pod)
             // Not each change of a pool or node: agents write there all the time.
+            .trigger_backoff(Pauses::of(WATCHES))
             .reconcile_all_on(inner.view.moves())
             .reconcile_all_on(inner.certificates.changes())
             .run(reconcile, again, Arc::clone(inner))

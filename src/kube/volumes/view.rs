@@ -20,6 +20,7 @@ use crate::kube::api::{
     self, AttachmentState, BACKING_FINALIZER, BACKING_READY, CERTIFICATES_READY, NO_ZONE, NbdPool,
     NbdVolume, PoolNode, READY, SERVER_FINALIZER, SERVER_READY, ZONE_LABEL,
 };
+use crate::kube::follow::Pauses;
 use crate::volumes::VolumesError;
 
 /// How long an agent may be silent: it writes once a minute.
@@ -259,14 +260,14 @@ where
 {
     let (store, writer) = reflector::store();
     let watch = async move {
-        let events = reflector::reflector(writer, events.default_backoff());
+        let events = reflector::reflector(writer, events.backoff(Pauses::of(1)));
         let mut events = std::pin::pin!(events);
         while let Some(event) = events.next().await {
             match event {
                 Ok(_) => {
                     told.send_replace(());
                 }
-                // It is tried again, ever more slowly.
+                // It is tried again.
                 Err(error) => tracing::warn!(%error, "a watch broke off"),
             }
         }
