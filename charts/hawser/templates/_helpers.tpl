@@ -157,3 +157,33 @@ app.kubernetes.io/component: server
 {{- define "hawser.strategy" -}}
 {{- eq .type "RollingUpdate" | ternary . (omit . "rollingUpdate") | toYaml -}}
 {{- end -}}
+
+{{- /* Selects what tells metrics, pods and their Services alike. */}}
+{{- define "hawser.measured" -}}
+matchLabels:
+  app.kubernetes.io/name: {{ include "hawser.name" . }}
+  app.kubernetes.io/instance: {{ .Release.Name }}
+matchExpressions:
+  - key: app.kubernetes.io/component
+    operator: In
+    values: [controller, node, agent]
+{{- end }}
+
+{{- /* How a monitor scrapes, from its values. */}}
+{{- define "hawser.scrape" -}}
+- port: metrics
+  path: /metrics
+  interval: {{ .interval }}
+  scrapeTimeout: {{ .scrapeTimeout }}
+  # Of a node part the node is of more use than the address.
+  relabelings:
+    - sourceLabels: [__meta_kubernetes_pod_node_name]
+      targetLabel: instance
+    {{- with .relabelings }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- with .metricRelabelings }}
+  metricRelabelings:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end }}
