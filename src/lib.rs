@@ -16,6 +16,7 @@ pub mod listen;
 pub mod metrics;
 pub mod nbd;
 pub mod node;
+pub mod patience;
 pub mod proto;
 pub mod server;
 pub mod standalone;

@@ -1,17 +1,22 @@
 //! Making a device.
 
+use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::backend::Backend;
-use super::error::AttachError;
+use super::error::{AttachError, chain};
 use super::kernel::{DeviceSocket, Driver};
 use super::netlink::Connect;
 use super::record::Record;
 use super::session::{Export, Peer, Session, offered, open_all};
 use super::system::detached;
 use super::{Device, Inner, Options, Request, Transport, blocking, modules};
-use crate::client::Target;
+use crate::client::{ClientError, Reason, Step, Target};
 use crate::nbd::TransmissionFlags;
 use crate::tls::{Profile, Secret};
 use crate::verify;
@@ -19,6 +24,17 @@ use crate::volumes::AttachNote;
 
 /// Devtmpfs makes a node at once; a container's `/dev` may take a moment.
 const NODE: Duration = Duration::from_secs(5);
+
+/// How long a server that is away is waited for: a Pod that starts elsewhere after its node's death is there sooner than
+/// the kubelet would be again. The kubelet waits two minutes for a call.
+const AWAY: Duration = Duration::from_secs(25);
+
+/// How long a server may take to accept a connection, for one retransmission.
+const ACCEPT: Duration = Duration::from_secs(2);
+
+/// Pauses between looks at a server that is away.
+const FIRST: Duration = Duration::from_millis(100);
+const LAST: Duration = Duration::from_secs(1);
 
 /// The driver has one hardware queue for each socket, and sets them up one after the other (K27).
 const MOST_CONNECTIONS: u8 = 16;
@@ -134,7 +150,7 @@ impl Inner {
         let inner = self.clone();
         let transport =
             blocking(move || modules::transport(&inner.system, inner.config.proxy_allowed)).await?;
-        let address = self.address(peer).await?;
+        let address = self.server(peer, &request).await?;
         let report = self.verify(peer, address, &request).await?;
         let verified = start.elapsed();
 
@@ -186,11 +202,65 @@ impl Inner {
         Ok(device)
     }
 
+    /// Where the volume's server is, once it accepts connections: one that is away is waited for, for a while, and tried
+    /// anew as soon as it is said to be elsewhere. What a server says that is there is an answer, and not waited out.
+    ///
+    /// A foreign server is only looked up: some count connections, and there are those that end with the first.
+    async fn server(&self, peer: &Peer, request: &Request) -> Result<SocketAddr, AttachError> {
+        if peer.foreign.is_some() {
+            return self.address(peer).await;
+        }
+        let deadline = request.patience.until(AWAY, AWAY);
+        let mut pauses = [FIRST, FIRST * 2, FIRST * 4].into_iter();
+        let mut waits = false;
+        loop {
+            let mut moved = pin!(self.moves.notified());
+            moved.as_mut().enable();
+            let found = tokio::select! {
+                found = self.accepting(peer, &request.secret) => found,
+                () = request.patience.ends() => Err(AttachError::Abandoned { volume: request.volume.clone() }),
+            };
+            let away = match found {
+                Err(error) if error.is_away() && Instant::now() < deadline => error,
+                found => return found,
+            };
+            if !waits {
+                waits = true;
+                tracing::info!(volume = %request.volume, problem = chain(&away), "waiting for its server");
+            }
+            let pause = (Instant::now() + pauses.next().unwrap_or(LAST)).min(deadline);
+            tokio::select! {
+                () = sleep_until(pause) => {}
+                () = moved => {}
+                () = request.patience.ends() => {}
+            }
+        }
+    }
+
+    /// Where the volume's server is, if it accepts connections there.
+    async fn accepting(&self, peer: &Peer, secret: &Secret) -> Result<SocketAddr, AttachError> {
+        let address = self.address(peer).await?;
+        // What is wrong with the Secret is told first: no server makes that right.
+        let target = peer.target(address, secret, Profile::Probe)?;
+        let reason = match timeout(ACCEPT, TcpStream::connect(address)).await {
+            Ok(Ok(_)) => return Ok(address),
+            Ok(Err(error)) => Reason::Io(error),
+            Err(_) => Reason::TimedOut(ACCEPT),
+        };
+        let failure = ClientError {
+            address,
+            export: target.export,
+            step: Step::Connect,
+            reason: Box::new(reason),
+        };
+        Err(AttachError::session(peer.volume(), failure))
+    }
+
     /// Verifies the server on sessions of their own, as the policy says.
     async fn verify(
         &self,
         peer: &Peer,
-        address: std::net::SocketAddr,
+        address: SocketAddr,
         request: &Request,
     ) -> Result<Option<Arc<verify::Report>>, AttachError> {
         let policy = request.options.policy;

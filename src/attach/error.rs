@@ -143,6 +143,8 @@ pub enum AttachError {
         #[source]
         source: io::Error,
     },
+    #[error("volume {volume}: nobody waits for it to be attached any more")]
+    Abandoned { volume: VolumeId },
     #[error("the operation was cut short by the end of this process")]
     Interrupted,
 }
@@ -154,6 +156,15 @@ impl AttachError {
             return false;
         };
         matches!(&*source.reason, Reason::Refused(refusal) if refusal.code == ReplyCode::ERR_UNKNOWN)
+    }
+
+    /// Whether the server was not there to say anything.
+    pub(super) fn is_away(&self) -> bool {
+        match self {
+            Self::Endpoint { .. } => self.kind() == ErrorKind::Unavailable,
+            Self::Session { source, .. } => source.step == Step::Connect && source.is_transient(),
+            _ => false,
+        }
     }
 
     /// What the caller can do.
@@ -172,6 +183,7 @@ impl AttachError {
             Self::NoAddress { .. }
             | Self::InUse { .. }
             | Self::Disconnected { .. }
+            | Self::Abandoned { .. }
             | Self::Interrupted
             | Self::Verification { findings: 0, .. } => ErrorKind::Unavailable,
             Self::NoDriver { .. }

@@ -33,6 +33,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 pub use self::error::{AttachError, ErrorKind};
@@ -45,6 +46,7 @@ use self::proxy::Proxies;
 use self::record::{Record, Records};
 use self::system::System;
 use self::watch::Watch;
+use crate::patience::Patience;
 use crate::tls::Secret;
 use crate::verify;
 use crate::volumes::{AttachmentId, NodeVolumes, VolumeId};
@@ -99,6 +101,8 @@ pub struct Request {
     pub options: Options,
     /// Where the volume is, if its server is not Hawser's; [`NodeVolumes`] knows nothing of it then.
     pub foreign: Option<Foreign>,
+    /// That of whoever asks for it: how long a server that is away may be waited for.
+    pub patience: Patience,
 }
 
 /// A kernel device of a volume.
@@ -152,6 +156,8 @@ struct Inner {
     proxies: Proxies,
     locks: Mutex<HashMap<VolumeId, Arc<tokio::sync::Mutex<()>>>>,
     watches: Mutex<HashMap<VolumeId, Watch>>,
+    /// Told when any server is elsewhere.
+    moves: Notify,
     /// Ends the watches, and what listens for them, with the last clone.
     stopped: CancellationToken,
     listening: tokio::sync::OnceCell<()>,
@@ -186,6 +192,7 @@ impl Attacher {
             proxies: Proxies::default(),
             locks: Mutex::default(),
             watches: Mutex::default(),
+            moves: Notify::new(),
             stopped: CancellationToken::new(),
             listening: tokio::sync::OnceCell::new(),
         })))

@@ -104,6 +104,7 @@ impl Inner {
 
     /// Has the volume's server looked for anew, where some of its sockets are dead: it may be elsewhere by now.
     pub(super) fn moved(&self, volume: &VolumeId) {
+        self.moves.notify_waiters();
         let watches = self.watches.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(watch) = watches.get(volume) {
             watch.moved.notify_one();

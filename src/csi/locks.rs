@@ -1,7 +1,8 @@
 //! One operation at a time on one thing, and every operation to its end.
 //!
 //! A gRPC call that times out drops its future (spec "Timeouts"); work that was half done would then stay half done
-//! without anybody knowing. So the work runs in a task of its own that holds the lock, and the call only waits for it.
+//! without anybody knowing. So the work runs in a task of its own that holds the lock, and the call only waits for it. The
+//! work still knows its caller, so that it does not wait for others when nobody waits for it ([`Patience`]).
 //! A call that finds the lock held is answered ABORTED, as the specification asks, and comes back later.
 
 use std::collections::HashMap;
@@ -14,6 +15,7 @@ use tonic::{Code, Response, Status};
 use tracing::Instrument;
 
 use super::status::status;
+use crate::patience::Patience;
 
 /// The things that are being worked on, and by which operation.
 #[derive(Clone, Default)]
@@ -56,6 +58,7 @@ impl Locks {
             drop(held);
             result
         };
+        let task = Patience::of_caller().scope(task);
         tokio::spawn(task.instrument(span))
             .await
             .unwrap_or_else(|failure| {

@@ -18,7 +18,7 @@ mod status;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use axum::middleware::from_fn_with_state;
+use axum::middleware::{from_fn, from_fn_with_state};
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
@@ -26,6 +26,7 @@ use tonic::transport::server::Router;
 pub use self::node::Devices;
 pub(crate) use self::status::chain;
 use crate::metrics::{Calls, observe};
+use crate::patience;
 use crate::proto::csi::controller_server::ControllerServer;
 use crate::proto::csi::identity_server::IdentityServer;
 use crate::proto::csi::node_server::NodeServer;
@@ -82,6 +83,7 @@ pub fn router(services: Services) -> Router {
     }
     let observed = routes
         .into_axum_router()
+        .layer(from_fn(patience::learn))
         .layer(from_fn_with_state(services.calls, observe));
     Server::builder().add_routes(observed.into())
 }

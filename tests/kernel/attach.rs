@@ -4,9 +4,11 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use hawser::attach::{AttachError, ErrorKind, Fate, Transport};
+use hawser::attach::{AttachError, ErrorKind, Fate, Request, Transport};
+use hawser::patience::Patience;
 use hawser::verify::Policy;
 use hawser::volumes::AttachmentId;
 
@@ -237,15 +239,36 @@ fn another_attachment() -> Result<()> {
         );
         served.kill()?;
         served.send_clients_to(([127, 0, 0, 1], 1).into())?;
-        let error = attacher
-            .attach(request.clone())
-            .await
-            .err()
-            .context("attached")?;
+        // A server that is away is waited for, but not for longer than somebody waits for the answer.
+        let hasty = Request {
+            patience: Patience::within(Duration::ZERO),
+            ..request.clone()
+        };
+        let error = attacher.attach(hasty).await.err().context("attached")?;
         ensure!(error.kind() == ErrorKind::Unavailable, "{error}");
+        let gone = request.patience.guard();
+        let unheard = attacher.attach(request.clone());
+        let leave = async { drop(gone) };
+        let (error, ()) = tokio::join!(unheard, leave);
+        let error = error.err().context("attached")?;
+        ensure!(matches!(error, AttachError::Abandoned { .. }), "{error}");
         nothing_left()?;
+        let request = served.request(&second, false, options(1))?;
+        let waiting = tokio::spawn({
+            let attacher = attacher.clone();
+            async move { attacher.attach(request).await }
+        });
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        ensure!(!waiting.is_finished(), "it does not wait");
+        let begun = Instant::now();
         served.start()?;
-        let device = attacher.attach(request).await?;
+        attacher.server_moved(&served.volume);
+        let device = waiting.await??;
+        ensure!(
+            begun.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            begun.elapsed()
+        );
         copy_and_compare(&device.path, &served.data())?;
         attacher.detach(&served.volume).await?;
         nothing_left()

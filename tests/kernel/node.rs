@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use hawser::attach::{AttachError, Attacher, Config, Options, Request};
+use hawser::patience::Patience;
 use hawser::proto::control::control_client::ControlClient;
 use hawser::proto::control::{AllowRequest, GrowRequest, RevokeRequest};
 use hawser::proto::socket;
@@ -204,6 +205,7 @@ impl Served {
             read_only,
             options,
             foreign: None,
+            patience: Patience::of_caller(),
         })
     }
 }

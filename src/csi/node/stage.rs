@@ -8,17 +8,18 @@ use std::path::{Path, PathBuf};
 
 use tonic::{Code, Status};
 
-use super::Inner;
 use super::format::{decide, decide_foreign};
 use super::mounts::Mounts;
 use super::record::Staged;
 use super::steps::Steps;
+use super::Inner;
 use crate::attach::{Device, Foreign, Request};
 use crate::csi::capability::{Access, Capability, Mount};
 use crate::csi::parameters::Parameters;
 use crate::csi::status::{exists, invalid, precondition, status};
 use crate::daemon::chain;
 use crate::filesystem::{self, Kind};
+use crate::patience::Patience;
 use crate::tls::{self, CertificateError, Secret, Side};
 use crate::volumes::{AttachmentId, Content, Format, Volume, VolumeId, VolumeOptions};
 
@@ -160,6 +161,7 @@ impl Inner {
                 read_only: stage.read_only,
                 options: parameters.options.clone(),
                 foreign: stage.foreign.clone(),
+                patience: Patience::of_caller(),
             })
             .await?;
         steps.done("attach");

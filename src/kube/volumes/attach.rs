@@ -11,7 +11,7 @@ use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::{Inner, PATIENCE, TRIES, refused, to_volume, unavailable};
+use super::{Inner, TRIES, deadline, refused, to_volume, unavailable};
 use crate::admission::{Admission, Wanted, admit};
 use crate::csi::DRIVER_NAME;
 use crate::kube::api::{AttachmentState, NbdVolume, VolumeAttachment};
@@ -50,7 +50,7 @@ impl Inner {
         mode: AccessMode,
         read_only: bool,
     ) -> Result<Attachment, VolumesError> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = deadline();
         let wanted = Wanted::new(node, mode, read_only);
         for _ in 0..TRIES {
             let object = self.existing(id).await?;
@@ -134,7 +134,7 @@ impl Inner {
         id: &VolumeId,
         node: Option<&str>,
     ) -> Result<(), VolumesError> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = deadline();
         let leaves = |one: &VolumeAttachment| node.is_none_or(|node| one.node == node);
         for _ in 0..TRIES {
             // What is not there is attached to nobody.

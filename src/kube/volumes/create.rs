@@ -2,10 +2,9 @@
 
 use kube::ResourceExt;
 use kube::api::{DeleteParams, PostParams, Preconditions};
-use tokio::time::Instant;
 
 use super::place::Placed;
-use super::{Inner, PATIENCE, backing, refused, to_volume, unavailable};
+use super::{Inner, backing, deadline, refused, to_volume, unavailable};
 use crate::admission::{check_name, check_same};
 use crate::kube::api::{
     self, BACKING_FINALIZER, BACKING_READY, CERTIFICATES_READY, CONTROLLER, Issuer, NEW, NO_ROOM,
@@ -20,7 +19,7 @@ const CERT_MANAGER: &str = "cert-manager.io/v1";
 
 impl Inner {
     pub(super) async fn create(&self, request: CreateRequest) -> Result<NbdVolume, VolumesError> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = deadline();
         check_name(&request.name)?;
         let size = size::settle(request.required_bytes, request.limit_bytes)
             .map_err(|error| VolumesError::OutOfRange(error.to_string()))?;

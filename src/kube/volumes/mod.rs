@@ -17,11 +17,12 @@ use std::time::Duration;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::{Api, Client, ResourceExt};
 use serde_json::{Value, json};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 
 use super::api::{self, BACKING_READY, CONTROLLER, NEW, NbdVolume, Reach};
 use super::apply::{is_conflict, is_not_found, is_quota};
+use crate::patience::Patience;
 use crate::storage::size;
 use crate::volumes::{
     AccessMode, Attachment, Capacity, CreateRequest, Placement, Topology, Volume, VolumeId,
@@ -32,8 +33,12 @@ pub(super) use self::attach::{prune, without_ended};
 pub use self::standing::Standing;
 pub use self::view::View;
 
-/// How long a call waits for others. csi-provisioner's usual patience is 10 s, and the answer has to get there.
-const PATIENCE: Duration = Duration::from_secs(8);
+/// How long a call waits for others, where its caller did not say how long it waits itself. csi-provisioner's usual patience
+/// is 10 s, and the answer has to get there.
+const USUAL: Duration = Duration::from_secs(8);
+
+/// How long a call waits for others at most: what does not come is to be told some time.
+const MOST: Duration = Duration::from_secs(60);
 
 /// How often a change is tried again that somebody else was faster with.
 const TRIES: usize = 8;
@@ -189,8 +194,7 @@ impl Inner {
             if let Some(found) = seen.as_deref().and_then(&check) {
                 return found;
             }
-            let changed = tokio::time::timeout_at(deadline, changes.changed()).await;
-            if !matches!(changed, Ok(Ok(()))) {
+            if !changed_until(deadline, &mut changes).await {
                 let last = seen.as_deref().unwrap_or(object);
                 return Err(unavailable(&id, waits_for(last)));
             }
@@ -198,7 +202,7 @@ impl Inner {
     }
 
     async fn delete(&self, id: &VolumeId) -> Result<(), VolumesError> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = deadline();
         for _ in 0..TRIES {
             let Some(object) = self.read(id).await? else {
                 return Ok(());
@@ -254,8 +258,7 @@ impl Inner {
                     return Ok(());
                 }
             }
-            let changed = tokio::time::timeout_at(deadline, changes.changed()).await;
-            if !matches!(changed, Ok(Ok(()))) {
+            if !changed_until(deadline, &mut changes).await {
                 let last = seen.as_deref().unwrap_or(object);
                 return Err(unavailable(&id, self.view.deletion_waits_for(last)));
             }
@@ -268,7 +271,7 @@ impl Inner {
         required: u64,
         limit: Option<u64>,
     ) -> Result<u64, VolumesError> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = deadline();
         let wanted = size::settle(required, limit)
             .map_err(|error| VolumesError::OutOfRange(error.to_string()))?;
         for _ in 0..TRIES {
@@ -306,6 +309,20 @@ impl Inner {
             id.as_str(),
             "its object changes all the time".into(),
         ))
+    }
+}
+
+/// Until when a call is to wait for others.
+fn deadline() -> Instant {
+    Patience::of_caller().until(USUAL, MOST)
+}
+
+/// Waits for the next change; `false` if it did not come in time, or the caller does not wait for it any more.
+async fn changed_until(deadline: Instant, changes: &mut watch::Receiver<()>) -> bool {
+    let caller = Patience::of_caller();
+    tokio::select! {
+        changed = tokio::time::timeout_at(deadline, changes.changed()) => matches!(changed, Ok(Ok(()))),
+        () = caller.ends() => false,
     }
 }
 

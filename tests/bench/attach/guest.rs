@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hawser::attach::{Attacher, Config, Device, Options, Request, Transport};
+use hawser::patience::Patience;
 use hawser::tls::{Secret, Side, read_secret, server_identity};
 use hawser::verify::Policy;
 use hawser::volumes::{AttachmentId, Format, NodeVolumes, Volume, VolumeId, VolumesError};
@@ -191,6 +192,7 @@ async fn attach(attacher: &Attacher, task: &Task, connections: u8) -> Result<Dev
             ..Options::default()
         },
         foreign: None,
+        patience: Patience::of_caller(),
     };
     let device = attacher.attach(request).await?;
     ensure!(
