@@ -456,6 +456,12 @@ pub trait NodeVolumes: Send + Sync + 'static {
         Ok(())
     }
 
+    /// Takes note of what the orchestrator calls a volume that the installation has no record of. It is a hint: what is told
+    /// under that name is told only where it is of this volume.
+    fn note_name(&self, id: &VolumeId, name: &str) {
+        let _ = (id, name);
+    }
+
     /// Takes note of what came of an attach. It waits for nobody.
     fn note_attach(&self, id: &VolumeId, note: AttachNote) {
         let _ = (id, note);

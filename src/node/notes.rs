@@ -14,12 +14,13 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::attach::Transport;
+use crate::csi::DRIVER_NAME;
 use crate::daemon::chain;
 use crate::kube::api::{
     self, AttachmentStatus, NbdVolume, NbdVolumeStatus, VerificationStatus, node_manager,
 };
 use crate::kube::apply::{apply_status, is_not_found};
-use crate::kube::claim::claim_of;
+use crate::kube::claim::{claim, claim_of};
 use crate::verify::{Policy, Report};
 use crate::volumes::{AttachNote, AttachmentId, VolumeId};
 
@@ -42,6 +43,8 @@ const FINDINGS: usize = 64;
 /// Something to say of a volume.
 #[derive(Debug, Clone)]
 pub(super) enum Note {
+    /// The PersistentVolume that it is said to be, of one that is not Hawser's.
+    Named(String),
     Attached(Box<Attached>),
     RefusedSecret(String),
     Detached,
@@ -61,7 +64,7 @@ impl Note {
     pub(super) fn verification(&self) -> Option<&str> {
         match self {
             Self::Attached(attached) => Some(&attached.verification.result),
-            Self::RefusedSecret(_) | Self::Detached => None,
+            Self::Named(_) | Self::RefusedSecret(_) | Self::Detached => None,
         }
     }
 
@@ -157,7 +160,7 @@ fn event(note: &Note, node: &str) -> Option<Event> {
             "CertificateRefused",
             format!("node {node} keeps the certificate that it has: {problem}"),
         ),
-        Note::Detached => return None,
+        Note::Named(_) | Note::Detached => return None,
     };
     Some(Event {
         type_,
@@ -193,12 +196,17 @@ pub(super) struct Herald {
     recorder: Recorder,
     /// The last Secret that was refused, of each volume: the kubelet brings it again every minute.
     refused: HashMap<VolumeId, String>,
+    /// The PersistentVolumes of volumes that have no NbdVolume.
+    named: HashMap<VolumeId, String>,
+    /// What is to be told of a volume as soon as it has a name: the kubelet says it when it publishes the volume, after the
+    /// attach.
+    unnamed: HashMap<VolumeId, Note>,
 }
 
 impl Herald {
     pub(super) fn new(client: &Client, namespace: &str, node: &str) -> Self {
         let reporter = Reporter {
-            controller: crate::csi::DRIVER_NAME.to_owned(),
+            controller: DRIVER_NAME.to_owned(),
             instance: Some(node.to_owned()),
         };
         Self {
@@ -207,6 +215,8 @@ impl Herald {
             persistent_volumes: Api::all(client.clone()),
             recorder: Recorder::new(client.clone(), reporter),
             refused: HashMap::new(),
+            named: HashMap::new(),
+            unnamed: HashMap::new(),
         }
     }
 
@@ -227,6 +237,16 @@ impl Herald {
             };
             let Some((volume, note)) = next else {
                 return;
+            };
+            let note = match note {
+                Note::Named(name) => {
+                    self.named.insert(volume.clone(), name);
+                    match self.unnamed.remove(&volume) {
+                        Some(note) => note,
+                        None => continue,
+                    }
+                }
+                note => note,
             };
             if let Err(error) = self.say_one(&volume, &note).await {
                 let error = chain(&error);
@@ -264,8 +284,7 @@ impl Herald {
             return Ok(());
         }
         let object = match self.volumes.get(volume.as_str()).await {
-            // A volume that is not Hawser's, or is gone: there is nobody to tell.
-            Err(error) if is_not_found(&error) => return Ok(()),
+            Err(error) if is_not_found(&error) => return self.say_of_foreign(volume, note).await,
             object => object?,
         };
         let attachments = match note {
@@ -280,7 +299,7 @@ impl Herald {
                 self.refused.remove(volume);
                 Some(Vec::new())
             }
-            Note::RefusedSecret(_) => None,
+            Note::Named(_) | Note::RefusedSecret(_) => None,
         };
         if let Some(attachments) = attachments {
             let status = NbdVolumeStatus {
@@ -300,6 +319,36 @@ impl Herald {
         Ok(())
     }
 
+    /// Tells of a volume that has no NbdVolume: on a foreign server, or gone.
+    async fn say_of_foreign(&mut self, volume: &VolumeId, note: &Note) -> kube::Result<()> {
+        let name = match note {
+            Note::Detached => {
+                self.refused.remove(volume);
+                self.named.remove(volume);
+                self.unnamed.remove(volume);
+                return Ok(());
+            }
+            _ => self.named.get(volume),
+        };
+        let Some(event) = event(note, &self.node) else {
+            return Ok(());
+        };
+        let Some(name) = name else {
+            self.unnamed.insert(volume.clone(), note.clone());
+            return Ok(());
+        };
+        let found = match self.persistent_volumes.get(name).await {
+            Err(kube::Error::Api(status)) if [403, 404].contains(&status.code) => return Ok(()),
+            found => found?,
+        };
+        // What the node was told, the API server has to confirm.
+        if !is_of(&found, volume) {
+            return Ok(());
+        }
+        let about = claim(&found).unwrap_or_else(|| found.object_ref(&()));
+        self.recorder.publish(&event, &about).await
+    }
+
     /// The claim that the volume is bound to; the volume itself where there is none.
     async fn claim(&self, object: &NbdVolume) -> kube::Result<ObjectReference> {
         // Told where it is of less use, rather than not at all.
@@ -308,9 +357,35 @@ impl Herald {
     }
 }
 
+/// Whether the PersistentVolume is this volume of ours.
+fn is_of(found: &PersistentVolume, volume: &VolumeId) -> bool {
+    let source = found.spec.as_ref().and_then(|spec| spec.csi.as_ref());
+    source.is_some_and(|source| {
+        source.driver == DRIVER_NAME && VolumeId::of_handle(&source.volume_handle) == *volume
+    })
+}
+
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    #[test]
+    fn a_name_is_believed_only_where_the_persistent_volume_is_of_that_volume() {
+        let found = |driver: &str, handle: &str| -> PersistentVolume {
+            serde_json::from_value(json!({
+                "metadata": { "name": "disk" },
+                "spec": { "csi": { "driver": driver, "volumeHandle": handle } },
+            }))
+            .unwrap()
+        };
+        let volume = VolumeId::of_handle("nas-disk-7");
+        assert!(is_of(&found(DRIVER_NAME, "nas-disk-7"), &volume));
+        assert!(!is_of(&found(DRIVER_NAME, "nas-disk-8"), &volume));
+        assert!(!is_of(&found("other.example.org", "nas-disk-7"), &volume));
+        assert!(!is_of(&PersistentVolume::default(), &volume));
+    }
 
     fn attached(policy: Policy, transport: Option<Transport>) -> Note {
         Note::attached(AttachNote {

@@ -235,6 +235,10 @@ impl NodeVolumes for ClusterVolumes {
         }
     }
 
+    fn note_name(&self, id: &VolumeId, name: &str) {
+        self.notes.take(id, Note::Named(name.to_owned()));
+    }
+
     fn note_attach(&self, id: &VolumeId, note: AttachNote) {
         let note = Note::attached(note);
         if let Some(result) = note.verification() {

@@ -6,6 +6,7 @@
 mod devices;
 mod format;
 mod host;
+mod kubelet;
 mod mounts;
 mod publish;
 mod record;

@@ -32,6 +32,7 @@ impl Inner {
         } = publish;
         let volume = stage.volume.clone();
         let capability = stage.capability.clone();
+        self.name(&stage, &target);
         // The kubelet publishes again and again, to bring what it finds in the Secret now.
         self.renew_secret(&stage).await;
         let mut staged = self.staged(stage).await?;

@@ -12,7 +12,7 @@ use super::format::{decide, decide_foreign};
 use super::mounts::Mounts;
 use super::record::Staged;
 use super::steps::Steps;
-use super::Inner;
+use super::{Inner, kubelet};
 use crate::attach::{Device, Foreign, Request};
 use crate::csi::capability::{Access, Capability, Mount};
 use crate::csi::parameters::Parameters;
@@ -141,6 +141,15 @@ impl Inner {
         }
     }
 
+    /// Takes note of what the kubelet calls a foreign volume, where that is known by now.
+    pub(super) fn name(&self, stage: &Stage, path: &Path) {
+        if stage.foreign.is_some()
+            && let Some(name) = kubelet::persistent_volume(path)
+        {
+            self.volumes.note_name(&stage.volume, name);
+        }
+    }
+
     /// Attaches the volume and, where it is a file system, mounts it.
     async fn connect(
         &self,
@@ -152,6 +161,7 @@ impl Inner {
         let mut steps = Steps::begin();
         let secret = self.client_secret(stage).await?;
         steps.done("secret");
+        self.name(stage, &stage.path);
         let device = self
             .devices
             .attach(Request {

@@ -210,6 +210,13 @@ spec:
         network::GATEWAY
     ))?;
     moves(&kubectl, "", Usage::FileSystem)?;
+    step("its claim tells that the server was verified", || {
+        let about = "involvedObject.kind=PersistentVolumeClaim,reason=Verified";
+        let events = ["get", "events", "--field-selector", about, "-o", "name"];
+        until("there is such an Event", PATIENCE, || {
+            Ok((!kubectl.run(&events)?.is_empty()).then_some(()))
+        })
+    })?;
     testbed.delete_namespace(&kubectl)?;
     kubectl.run(&["delete", "pv", "foreign"])?;
     ours.delete("secret", "foreign-client")?;
