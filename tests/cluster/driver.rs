@@ -1,5 +1,6 @@
 //! The driver as it is installed into the cluster.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -10,6 +11,7 @@ use super::kubectl::{Kubectl, PATIENCE};
 use super::node::Node;
 use super::process::output;
 use super::report::step;
+use super::tools::Tools;
 use super::until;
 
 pub(crate) const NAMESPACE: &str = "hawser-system";
@@ -49,15 +51,54 @@ fn checkout() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Builds the image, with the executable that cargo has built with this test in it, into a folder of archives.
-pub(crate) fn build_image(images: &Path) -> Result<()> {
-    output(
-        Command::new(checkout().join("tests/support/image"))
-            .arg(images.join(ARCHIVE))
-            .arg(format!("{REGISTRY}/hawser:{TAG}"))
-            .arg(env!("CARGO_BIN_EXE_hawser")),
-    )
-    .map(drop)
+/// What the image is made of.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Image {
+    /// The whole Dockerfile: what users run.
+    Whole,
+    /// The executable that cargo has built with this test, with what the Dockerfile puts beside it.
+    Quick,
+}
+
+impl Image {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Whole => "image, the whole Dockerfile",
+            Self::Quick => "image, of the executable that this test was built with",
+        }
+    }
+}
+
+/// Builds the image into a folder of archives.
+pub(crate) fn build_image(image: Image, images: &Path) -> Result<()> {
+    let mut build = Command::new(checkout().join("tests/support/image"));
+    build
+        .arg(images.join(ARCHIVE))
+        .arg(format!("{REGISTRY}/hawser:{TAG}"));
+    if matches!(image, Image::Quick) {
+        build.arg(env!("CARGO_BIN_EXE_hawser"));
+    }
+    output(&mut build).map(drop)
+}
+
+/// Sees to it that all parts run the executable that is in the image.
+fn runs_what_was_built(kubectl: &Kubectl) -> Result<()> {
+    let built = Tools::find()?.images().join(format!("{ARCHIVE}.hawser"));
+    let built = fs::read_to_string(built)?;
+    for part in [
+        "deployment/hawser-controller",
+        "daemonset/hawser-node",
+        "daemonset/hawser-agent",
+    ] {
+        let sum = ["exec", part, "--", "sha256sum", "/proc/1/exe"];
+        let runs = kubectl.in_namespace(NAMESPACE).run(&sum)?;
+        let runs = runs.split_whitespace().next().unwrap_or_default();
+        ensure!(
+            runs == built.trim(),
+            "{part} runs {runs}, the image has {built}"
+        );
+    }
+    Ok(())
 }
 
 /// Imports it, under the names of both versions: no executable of the previous one is kept.
@@ -74,13 +115,15 @@ pub(crate) fn install(kubectl: &Kubectl, nodes: &[Node], chart: Chart) -> Result
     step("helm install", || {
         helm(kubectl, &["install", "--create-namespace"], chart)
     })?;
-    step("the driver is ready", || ready(kubectl, nodes))
+    step("the driver is ready", || ready(kubectl, nodes))?;
+    step("it is what was built", || runs_what_was_built(kubectl))
 }
 
 /// helm upgrade; returns when all parts are of that version.
 pub(crate) fn upgrade(kubectl: &Kubectl, nodes: &[Node], chart: Chart) -> Result<()> {
     step("helm upgrade", || helm(kubectl, &["upgrade"], chart))?;
-    step("the driver is ready again", || ready(kubectl, nodes))
+    step("the driver is ready again", || ready(kubectl, nodes))?;
+    step("it is what was built", || runs_what_was_built(kubectl))
 }
 
 /// helm uninstall, and what it printed whether it went well or not.

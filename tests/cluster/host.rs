@@ -5,11 +5,14 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
 
-use super::driver;
+use super::driver::{self, Image};
 use super::report::step;
 use super::tools::Tools;
 
 pub(crate) const INSIDE: &str = "--inside";
+
+/// An image in seconds, in the place of the one that users run.
+const QUICK: &str = "--quick";
 
 /// Becomes the same executable in new network, mount and PID namespaces.
 pub(crate) fn main(arguments: &[String]) -> Result<ExitCode> {
@@ -23,7 +26,17 @@ pub(crate) fn main(arguments: &[String]) -> Result<ExitCode> {
         rustix::process::geteuid().is_root(),
         "this tier needs root, for a network namespace with a bridge and taps in it: run `make e2e` as root"
     );
-    step("image", || driver::build_image(&Tools::find()?.images()))?;
+    let (quick, arguments): (Vec<_>, Vec<_>) = arguments
+        .iter()
+        .cloned()
+        .partition(|argument| argument == QUICK);
+    let image = match quick.is_empty() {
+        true => Image::Whole,
+        false => Image::Quick,
+    };
+    step(image.name(), || {
+        driver::build_image(image, &Tools::find()?.images())
+    })?;
     let error = Command::new("unshare")
         .args([
             "--net",

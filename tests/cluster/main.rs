@@ -7,9 +7,10 @@
 //! PID namespace too, so that nothing outlives the test however it ends. What all parts said is in `target/e2e-logs`.
 //!
 //! ```text
-//! cargo test --test cluster -- [--list] [PART-OF-A-NAME...]
-//! cargo test --test cluster -- --shell
+//! cargo test --test cluster -- [--list] [--quick] [PART-OF-A-NAME...]
+//! cargo test --test cluster -- [--quick] --shell
 //! ```
+//! The image is the whole Dockerfile's, a release; with `--quick` it is of the executable that cargo built with the test.
 //! `--shell` brings the cluster up with the driver in it, and starts a shell with `KUBECONFIG` set.
 #![allow(
     clippy::unwrap_used,
