@@ -24,7 +24,7 @@ const MEMORY: u64 = 160;
 
 /// How often csi-provisioner may be told to come again, which costs two Events each time. The controller waits for as long as
 /// csi-provisioner does, and for that time 300 claims can keep it busy on a slow machine.
-const AGAIN: i32 = 300;
+const AGAIN: i32 = 120;
 
 /// How long it may take where much else goes on. What it took is printed.
 const PATIENCE: Duration = Duration::from_secs(400);
