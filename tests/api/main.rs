@@ -4,6 +4,8 @@
 //! `cargo test --test api [NAME]` runs the scenarios whose name has NAME in it. Those with csi-provisioner run one after
 //! the other, for each of them would serve the claims of all; the others run beside them, some at a time.
 
+#[path = "../support/api_server.rs"]
+mod api_server;
 mod certificates;
 mod chart;
 mod claims;

@@ -5,9 +5,10 @@
 //! then makes, attaches, detaches and deletes some volumes more, one after the other. Nothing is asserted: the curve is
 //! read by people. `make growth`; `docs/performance.md` says what came of it.
 
+#[path = "../support/api_server.rs"]
+mod api_server;
 mod curve;
 mod pods;
-mod server;
 #[path = "../bench/spread.rs"]
 #[allow(dead_code, reason = "what is written down is larger there")]
 mod spread;
@@ -18,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use self::api_server::ApiServer;
 use self::curve::{Curve, Point};
-use self::server::ApiServer;
 use self::world::World;
 
 /// Longer than an agent's turn, which is 30 s.
@@ -36,7 +37,7 @@ fn main() -> Result<()> {
 
 async fn run(options: &Options) -> Result<()> {
     let folder = tempfile::tempdir_in("/dev/shm")?;
-    let api = ApiServer::start(folder.path()).await?;
+    let api = ApiServer::start(folder.path(), "", &[]).await?;
     let world = World::start(&api, folder.path(), &options.hawser).await?;
     let mut curve = Curve::default();
     let mut there = 0;

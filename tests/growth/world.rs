@@ -22,8 +22,8 @@ use serde_json::json;
 use tonic::Code;
 use tonic::transport::Channel;
 
+use crate::api_server::{ApiServer, Process, write_kubeconfig};
 use crate::pods::Kubelet;
-use crate::server::{ApiServer, Process};
 
 const NAMESPACE: &str = "growth";
 const POOL: &str = "growth";
@@ -83,6 +83,7 @@ pub(crate) struct Life {
 impl World {
     pub(crate) async fn start(api: &ApiServer, folder: &Path, hawser: &Path) -> Result<Self> {
         let client = api.client.clone();
+        let kubeconfig = write_kubeconfig(folder, &api.url, "admin")?;
         prepare(&client).await?;
         let kubelet = Kubelet::start(&client, NAMESPACE);
         let mut agents = Vec::new();
@@ -95,7 +96,7 @@ impl World {
                     .args(["agent", "--node", node, "--namespace", NAMESPACE])
                     .arg("--host-root")
                     .arg(root)
-                    .env("KUBECONFIG", &api.kubeconfig),
+                    .env("KUBECONFIG", &kubeconfig),
             )?);
         }
         let endpoint = folder.join("csi.sock");
@@ -106,7 +107,7 @@ impl World {
                 .args(["controller", "--image=hawser:test", "--name=growth"])
                 .args(["--namespace", NAMESPACE])
                 .arg(format!("--endpoint=unix://{}", endpoint.display()))
-                .env("KUBECONFIG", &api.kubeconfig),
+                .env("KUBECONFIG", &kubeconfig),
         )?;
         let channel = until("the controller answers", async || {
             Ok(socket::connect(&endpoint).await.ok())

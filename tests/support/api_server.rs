@@ -1,4 +1,4 @@
-//! A real API server and etcd, alone, as bare as they can be: what is counted is what Hawser asks.
+//! A real API server with its etcd, as bare as they can be, for tests that ask nothing of the rest of a cluster.
 
 use std::fs;
 use std::net::TcpListener;
@@ -14,7 +14,7 @@ use kube::{Api, Client};
 const STARTS: Duration = Duration::from_secs(90);
 
 /// A process that ends with its value.
-pub(crate) struct Process(Child);
+pub(crate) struct Process(pub(crate) Child);
 
 impl Process {
     pub(crate) fn start(log: &Path, command: &mut Command) -> Result<Self> {
@@ -48,7 +48,7 @@ impl Drop for Process {
 pub(crate) struct ApiServer {
     _api: Process,
     _etcd: Process,
-    pub(crate) kubeconfig: PathBuf,
+    pub(crate) url: String,
     pub(crate) client: Client,
 }
 
@@ -57,7 +57,7 @@ fn free_port() -> Result<u16> {
 }
 
 /// Where `tests/support/install` keeps what it makes.
-fn cache() -> Result<PathBuf> {
+pub(crate) fn cache() -> Result<PathBuf> {
     let cache = match std::env::var_os("HAWSER_CACHE") {
         Some(cache) => PathBuf::from(cache),
         None => PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?)
@@ -67,7 +67,9 @@ fn cache() -> Result<PathBuf> {
 }
 
 impl ApiServer {
-    pub(crate) async fn start(folder: &Path) -> Result<Self> {
+    /// Everything of it is in the folder. The administrator's token is `admin`; more users are lines of `tokens`, and more
+    /// options of the API server are `options`.
+    pub(crate) async fn start(folder: &Path, tokens: &str, options: &[String]) -> Result<Self> {
         let cache = cache()?;
         let program = cache.join("bin/kube-apiserver");
         ensure!(
@@ -98,8 +100,11 @@ impl ApiServer {
             .stderr(Stdio::null())
             .status()?;
         ensure!(made.success(), "openssl made no key");
-        let tokens = folder.join("tokens.csv");
-        fs::write(&tokens, "admin,admin,admin,system:masters\n")?;
+        let users = folder.join("tokens.csv");
+        fs::write(
+            &users,
+            format!("admin,admin,admin,system:masters\n{tokens}"),
+        )?;
         let mut api = Process::start(
             &folder.join("kube-apiserver.log"),
             Command::new(&program)
@@ -107,7 +112,7 @@ impl ApiServer {
                 .arg(format!("--secure-port={port}"))
                 .args(["--bind-address=127.0.0.1", "--advertise-address=192.0.2.1"])
                 .arg(format!("--cert-dir={}", folder.display()))
-                .arg(format!("--token-auth-file={}", tokens.display()))
+                .arg(format!("--token-auth-file={}", users.display()))
                 .arg(format!("--service-account-key-file={}", key.display()))
                 .arg(format!(
                     "--service-account-signing-key-file={}",
@@ -117,21 +122,14 @@ impl ApiServer {
                     "--service-account-issuer=https://cluster.test",
                     "--service-cluster-ip-range=198.19.0.0/16",
                     "--authorization-mode=RBAC",
-                    // No controller manager makes accounts here.
+                    // Nobody makes accounts here.
                     "--disable-admission-plugins=ServiceAccount",
                     "--shutdown-delay-duration=0s",
-                ]),
+                ])
+                .args(options),
         )?;
-        let kubeconfig = folder.join("kubeconfig");
-        let text = serde_json::json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "test",
-            "clusters": [{"name": "test", "cluster": {
-                "server": format!("https://127.0.0.1:{port}"), "insecure-skip-tls-verify": true,
-            }}],
-            "users": [{"name": "admin", "user": {"token": "admin"}}],
-            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "admin"}}],
-        });
-        fs::write(&kubeconfig, text.to_string())?;
+        let url = format!("https://127.0.0.1:{port}");
+        let kubeconfig = write_kubeconfig(folder, &url, "admin")?;
         let config = kube::Config::from_custom_kubeconfig(
             Kubeconfig::read_from(&kubeconfig)?,
             &KubeConfigOptions::default(),
@@ -151,10 +149,25 @@ impl ApiServer {
         Ok(Self {
             _api: api,
             _etcd: etcd,
-            kubeconfig,
+            url,
             client,
         })
     }
+}
+
+/// A kubeconfig for who has that token.
+pub(crate) fn write_kubeconfig(folder: &Path, url: &str, token: &str) -> Result<PathBuf> {
+    let path = folder.join(format!("kubeconfig-{token}"));
+    let text = serde_json::json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "test",
+        "clusters": [{"name": "test", "cluster": {
+            "server": url, "insecure-skip-tls-verify": true,
+        }}],
+        "users": [{"name": "user", "user": {"token": token}}],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "user"}}],
+    });
+    fs::write(&path, text.to_string())?;
+    Ok(path)
 }
 
 async fn is_ready(client: &Client) -> bool {
