@@ -19,8 +19,8 @@ pub(super) const MOMENT: Duration = Duration::from_micros(500);
 /// The part of what came in the silence that is waited for, and the part that is left of it when it did not come.
 const SHARE: usize = 2;
 
-/// Bytes that are waited for at most: half of what is received at a time.
-const MOST: usize = 64 << 10;
+/// Bytes that are waited for at most. The socket has room for twice as many.
+const MOST: usize = 256 << 10;
 
 /// Fewer are one small request.
 const LEAST: usize = 100;

@@ -5,6 +5,7 @@
 //! What is compared is above all the server's own processor time, which the client's speed hardly touches. Nothing is
 //! asserted: the figures are read by people, beside the goals. `make bench`; `docs/performance.md` says how to read it.
 
+mod awake;
 mod clients;
 mod floor;
 mod plot;
@@ -16,6 +17,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
+use self::awake::Awake;
 use self::clients::{Access, Case, Client};
 use self::report::Report;
 use self::servers::{Cipher, Kind, Server, Site};
@@ -26,7 +28,8 @@ const SIZE: u64 = 256 << 20;
 fn main() -> Result<()> {
     let options = Options::parse()?;
     let site = Site::new(&options.directory, SIZE, options.before.clone())?;
-    let mut report = Report::new(options.full, options.repetitions, &options.directory)?;
+    let _awake = options.awake.then(Awake::keep).transpose()?;
+    let mut report = Report::new(&options)?;
     for cipher in [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305] {
         if options.cipher.is_none_or(|only| only == cipher) {
             measure(&site, cipher, &options, &mut report)?;
@@ -135,6 +138,8 @@ struct Options {
     /// Another hawser, which takes part.
     before: Option<PathBuf>,
     cipher: Option<Cipher>,
+    /// The processors are not to go to sleep.
+    awake: bool,
 }
 
 impl Options {
@@ -148,6 +153,7 @@ impl Options {
             only: None,
             before: None,
             cipher: None,
+            awake: false,
         };
         let mut arguments = std::env::args().skip(1);
         while let Some(argument) = arguments.next() {
@@ -159,6 +165,7 @@ impl Options {
             match argument.as_str() {
                 "--bench" => {}
                 "--full" => (options.full, options.repetitions) = (true, 5),
+                "--awake" => options.awake = true,
                 "--repetitions" => options.repetitions = value()?.parse()?,
                 "--seconds" => options.seconds = value()?.parse()?,
                 "--directory" => options.directory = value()?.into(),

@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::Options;
 use super::clients::{Access, Case, Client, Sample};
 use super::floor::Floor;
 use super::plot;
@@ -33,7 +34,7 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    pub(crate) fn new(full: bool, repetitions: usize, directory: &Path) -> Result<Self> {
+    pub(crate) fn new(options: &Options) -> Result<Self> {
         let processor = fs::read_to_string("/proc/cpuinfo")?;
         let models = processor
             .lines()
@@ -44,9 +45,10 @@ impl Report {
             "processor": model.map_or("unknown", |(_, model)| model),
             "cores": models.count(),
             "kernel": kernel.trim(),
-            "file in": directory,
-            "matrix": if full { "full" } else { "quick" },
-            "repetitions": repetitions,
+            "file in": options.directory,
+            "matrix": if options.full { "full" } else { "quick" },
+            "repetitions": options.repetitions,
+            "idle processors": if options.awake { "kept awake" } else { "sleep" },
             "hawser": env!("CARGO_PKG_VERSION"),
             "nbdkit": version("nbdkit"),
             "qemu-nbd": version("qemu-nbd"),
