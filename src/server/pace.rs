@@ -163,9 +163,11 @@ mod tests {
 
     #[test]
     fn a_session_with_time_to_spare_is_never_silent() {
-        let mut pace = Pace::default();
         // The time that this test's thread has used before is not the session's.
-        pace.used = thread_time();
+        let mut pace = Pace {
+            used: thread_time(),
+            ..Pace::default()
+        };
         std::thread::sleep(Duration::from_millis(50));
         let silences = (0..SOON).filter(|_| pace.is_silence_due()).count();
         assert_eq!(silences, 0);
@@ -174,8 +176,10 @@ mod tests {
 
     #[test]
     fn a_busy_session_is_silent_now_and_then() {
-        let mut pace = Pace::default();
-        pace.used = thread_time();
+        let mut pace = Pace {
+            used: thread_time(),
+            ..Pace::default()
+        };
         while thread_time() - pace.used < Duration::from_millis(20) {
             std::hint::spin_loop();
         }
