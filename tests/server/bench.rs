@@ -14,6 +14,7 @@ use hawser::proto::control::control_client::ControlClient;
 use hawser::tls::{self, Authority, Leaf, Profile, Secret, Side};
 use hawser::volumes::{AttachmentId, VolumeId};
 use hyper_util::rt::TokioIo;
+use rustls::crypto::aws_lc_rs;
 use rustls::{ClientConfig, RootCertStore, SupportedProtocolVersion};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -219,7 +220,9 @@ pub(crate) fn unchecked_config(
     let chain = CertificateDer::pem_slice_iter(&secret[tls::CERTIFICATE]);
     let chain = chain.collect::<Result<_, _>>().unwrap();
     let key = PrivateKeyDer::from_pem_slice(&secret[tls::KEY]).unwrap();
-    let config = ClientConfig::builder_with_protocol_versions(versions)
+    let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_protocol_versions(versions)
+        .unwrap()
         .with_root_certificates(roots)
         .with_client_auth_cert(chain, key)
         .unwrap();
