@@ -6,8 +6,6 @@
 
 mod attachments;
 mod budget;
-mod buffer;
-mod channel;
 mod command;
 mod commit;
 mod control;
@@ -24,6 +22,7 @@ mod store;
 mod subject;
 #[cfg(test)]
 mod tests;
+mod transport;
 mod wake;
 mod workers;
 

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use rustls::server::UnbufferedServerConnection;
 
-use super::channel::{Channel, ChannelError, Received, Sink};
 use super::exports::{NotNow, Presence};
 use super::service::Service;
+use super::transport::{Channel, ChannelError, Received, Sink};
 use crate::nbd::server::{Exports, Fault, Handshake, Plain, PlainStep, Secured, Session, Step};
 use crate::nbd::{ExportInfo, ExportName};
 use crate::tls::certificate_names;

@@ -1,13 +1,12 @@
-//! Replies that wait to be encrypted, in the order in which they were ready.
+//! Replies that wait to be sent, in the order in which they were ready.
 //!
-//! What is ready at once is put together in one buffer, from which full records are made: many small replies share a
-//! record, and a READ is read from the file straight into its place. Long replies of the workers are encrypted from
-//! where they are.
+//! What is ready at once is put together: many small replies share a record, and a READ is read from the file straight
+//! into its place. Long replies of the workers wait where they are until there is room.
 
 use std::collections::VecDeque;
 
-use super::buffer::Buffer;
 use super::command::Reply;
+use super::transport::{Room, Staged};
 
 /// A reply up to this size is copied.
 const SHORT: usize = 4 << 10;
@@ -15,18 +14,25 @@ const SHORT: usize = 4 << 10;
 /// The replies of a session.
 #[derive(Debug, Default)]
 pub(super) struct Outgoing {
-    /// Whole replies, but for what is gone of the first.
-    staged: Buffer,
+    staged: Staged,
     replies: VecDeque<Reply>,
-    /// What is gone of the first of them.
+    /// What is staged of the first of them.
     gone: usize,
     /// Bytes in `replies`.
     waiting: usize,
 }
 
 impl Outgoing {
+    /// What is staged already goes first.
+    pub(super) fn behind(staged: Staged) -> Self {
+        Self {
+            staged,
+            ..Self::default()
+        }
+    }
+
     pub(super) fn push(&mut self, reply: Reply) {
-        if reply.bytes.len() <= SHORT {
+        if reply.bytes.len() <= SHORT && !self.is_amid_reply() {
             self.staged.append(&reply.bytes);
         } else {
             self.waiting += reply.bytes.len();
@@ -34,13 +40,18 @@ impl Outgoing {
         }
     }
 
-    /// Room for a reply of `length` bytes, which counts once it is [staged](Self::stage).
-    pub(super) fn room(&mut self, length: usize) -> &mut [u8] {
-        self.staged.reserve(length)
+    /// Whether only a part of a reply is staged, behind which no other may be.
+    pub(super) fn is_amid_reply(&self) -> bool {
+        self.gone > 0
+    }
+
+    /// Room for a reply, which counts once it is [staged](Self::stage).
+    pub(super) fn room(&mut self, header: usize, data: usize) -> Room<'_> {
+        self.staged.room(header, data)
     }
 
     pub(super) fn stage(&mut self, length: usize) {
-        self.staged.fill(length);
+        self.staged.stage(length);
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -52,8 +63,8 @@ impl Outgoing {
         self.replies.len()
     }
 
-    /// Bytes of replies that were put together.
-    pub(super) fn staged(&self) -> usize {
+    /// Bytes that were put together.
+    pub(super) fn together(&self) -> usize {
         self.staged.len()
     }
 
@@ -62,29 +73,24 @@ impl Outgoing {
         self.staged.len() + self.waiting
     }
 
-    /// What comes next; nothing only where nothing waits.
-    pub(super) fn next(&self) -> &[u8] {
-        match self.replies.front() {
-            Some(first) if self.gone > 0 || self.staged.is_empty() => &first.bytes[self.gone..],
-            _ => self.staged.filled(),
+    /// What is sent next. Replies that wait are brought to it as long as it has less than `most` bytes. A reply's own
+    /// memory is given back when all of it is there.
+    pub(super) fn staged(&mut self, most: usize) -> &mut Staged {
+        while self.staged.len() < most {
+            let Some(first) = self.replies.front() else {
+                break;
+            };
+            let left = &first.bytes[self.gone..];
+            let taken = &left[..left.len().min(most)];
+            self.staged.append(taken);
+            self.waiting -= taken.len();
+            self.gone += taken.len();
+            if self.gone == first.bytes.len() {
+                self.gone = 0;
+                self.replies.pop_front();
+            }
         }
-    }
-
-    /// Lets go of a part of [`Self::next`]. A reply's memory is given back when all of it is gone.
-    pub(super) fn advance(&mut self, length: usize) {
-        if self.gone == 0 && !self.staged.is_empty() {
-            return self.staged.consume(length);
-        }
-        self.gone += length;
-        self.waiting -= length;
-        if self
-            .replies
-            .front()
-            .is_some_and(|first| self.gone >= first.bytes.len())
-        {
-            self.gone = 0;
-            self.replies.pop_front();
-        }
+        &mut self.staged
     }
 
     /// Gives back the memory that is not in use.
@@ -114,22 +120,20 @@ mod tests {
             let lengths: Vec<(u8, usize)> = (0..).zip(lengths).collect();
             for (index, length) in &lengths {
                 let bytes = vec![*index; *length];
-                if index % 3 == 0 {
-                    outgoing.room(*length).copy_from_slice(&bytes);
+                if index % 3 == 0 && !outgoing.is_amid_reply() {
+                    let room = outgoing.room(1, length - 1);
+                    room.header.fill(*index);
+                    room.data.into_iter().for_each(|mut piece| piece.fill(*index));
                     outgoing.stage(*length);
                 } else {
                     outgoing.push(Reply { bytes, _permit: None });
                 }
-                let next = outgoing.next();
-                let taken = next.len().min(steps.next().unwrap_or(1));
-                got.extend_from_slice(&next[..taken]);
-                outgoing.advance(taken);
+                take(outgoing.staged(steps.next().unwrap_or(1)), &mut got);
             }
             while !outgoing.is_empty() {
-                let taken = outgoing.next().len();
-                prop_assert!(taken > 0);
-                got.extend_from_slice(outgoing.next());
-                outgoing.advance(taken);
+                let before = got.len();
+                take(outgoing.staged(steps.next().unwrap_or(1)), &mut got);
+                prop_assert!(got.len() > before);
             }
             prop_assert_eq!(outgoing.bytes(), 0);
             let pieces: Vec<&[u8]> = got.chunk_by(|one, other| one == other).collect();
@@ -137,5 +141,10 @@ mod tests {
             let all: BTreeSet<(u8, usize)> = pieces.iter().map(|piece| (piece[0], piece.len())).collect();
             prop_assert_eq!(all, lengths.into_iter().collect());
         }
+    }
+
+    /// Sends what is staged, without a cipher.
+    fn take(staged: &mut Staged, got: &mut Vec<u8>) {
+        got.extend(staged.contents());
     }
 }

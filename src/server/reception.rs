@@ -283,7 +283,8 @@ impl Reception {
                     "session begins"
                 );
                 let began = Instant::now();
-                let ending = Session::new(service, channel, presence, &session).run();
+                let ending = Session::new(service, channel, presence, &session)
+                    .map_or_else(|ending| ending, Session::run);
                 let seconds = began.elapsed().as_secs();
                 match ending {
                     Ending::Broken(_) | Ending::Unbearable(_) | Ending::Stalled(_) => {

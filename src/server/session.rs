@@ -11,12 +11,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno as OsErrno;
 
 use super::budget::{Account, Permit};
-use super::channel::{Channel, ChannelError, Received, Sink};
 use super::command::{Reply, Style};
 use super::exports::{Order, Presence};
 use super::outgoing::Outgoing;
 use super::pace::{self, Pace};
 use super::service::Service;
+use super::transport::{Channel, ChannelError, Received, Sink, Transport};
 use super::wake::Wake;
 use crate::nbd::codec::Malformed;
 use crate::nbd::request::{Range, RawRequest, Request};
@@ -29,9 +29,12 @@ const INCOMING: usize = 8 * (16 << 10) + 512;
 /// Requests that are being carried out or whose replies wait. The kernel has 128 in flight on a connection.
 const REQUESTS: usize = 256;
 
-/// Bytes of short replies that are put together before they are sent. More would have the client wait for the first,
+/// Bytes of replies that are put together before they are sent. More would have the client wait for the first,
 /// and leave the processor's second cache.
 const STAGED: usize = 64 << 10;
+
+/// Bytes of long replies that are put together at a time.
+const AT_ONCE: usize = 128 << 10;
 
 /// Bytes of replies that wait before no more requests are read.
 const BACKLOG: usize = 1 << 20;
@@ -98,12 +101,14 @@ pub(super) enum Ending {
 
 /// A session in transmission.
 pub(super) struct Session {
-    channel: Channel,
+    transport: Transport,
     requests: Requests,
     pace: Pace,
     received_at: Instant,
     /// Since when the peer has taken nothing of what waits to be sent.
     unsent_since: Option<Instant>,
+    /// The socket takes no more of it now.
+    blocked: bool,
     /// Nothing happened for so long that the buffers were given back.
     resting: bool,
 }
@@ -170,11 +175,11 @@ impl Receiving {
 impl Session {
     pub(super) fn new(
         service: Arc<Service>,
-        mut channel: Channel,
+        channel: Channel,
         presence: Arc<Presence>,
         negotiated: &Negotiated,
-    ) -> Self {
-        channel.widen(INCOMING);
+    ) -> Result<Self, Ending> {
+        let (transport, staged) = channel.into_transport(INCOMING)?;
         let inbox = Arc::new(Inbox {
             replies: Mutex::default(),
             wake: Arc::clone(&presence.wake),
@@ -184,8 +189,8 @@ impl Session {
             structured: negotiated.structured,
             contexts: negotiated.contexts.clone().into(),
         };
-        Self {
-            channel,
+        Ok(Self {
+            transport,
             requests: Requests {
                 service,
                 presence,
@@ -193,7 +198,7 @@ impl Session {
                 account,
                 style,
                 receiving: Receiving::START,
-                outgoing: Outgoing::default(),
+                outgoing: Outgoing::behind(staged),
                 in_flight: 0,
                 spare: Vec::new(),
                 order: Order::Serve,
@@ -201,14 +206,19 @@ impl Session {
             pace: Pace::default(),
             received_at: Instant::now(),
             unsent_since: None,
+            blocked: false,
             resting: false,
-        }
+        })
     }
 
     /// Serves until the session is over. Requests in flight may outlive it, if the client does not wait for them.
     pub(super) fn run(mut self) -> Ending {
         match self.serve() {
-            Ok(ending) | Err(ending) => ending,
+            Ok(ending) => ending,
+            Err(ending) => {
+                self.transport.give_up(self.requests.outgoing.staged(0));
+                ending
+            }
         }
     }
 
@@ -221,7 +231,7 @@ impl Session {
             if self.requests.resume() {
                 continue;
             }
-            let settled = self.requests.are_settled() && !self.channel.is_sending();
+            let settled = self.requests.are_settled() && !self.blocked;
             if settled && matches!(self.requests.receiving, Receiving::Over(_)) {
                 return Ok(self.say_goodbye());
             }
@@ -253,7 +263,7 @@ impl Session {
             requests: &mut self.requests,
             taken: 0,
         };
-        let received = self.channel.receive(&mut sink)?;
+        let received = self.transport.receive(&mut sink)?;
         if sink.taken > 0 {
             self.received_at = Instant::now();
         }
@@ -267,30 +277,27 @@ impl Session {
     fn transmit(&mut self) -> Result<(), Ending> {
         let outgoing = &mut self.requests.outgoing;
         let mut sent = false;
-        while !outgoing.is_empty() || self.channel.is_sending() {
-            loop {
-                let encrypted = self.channel.encrypt(outgoing.next())?;
-                if encrypted == 0 {
-                    break;
-                }
-                outgoing.advance(encrypted);
-            }
-            sent |= self.channel.send()?;
-            if self.channel.is_sending() {
+        loop {
+            let progress = self.transport.transmit(outgoing.staged(AT_ONCE))?;
+            sent |= progress.sent;
+            self.blocked = progress.blocked;
+            if progress.blocked {
                 if sent || self.unsent_since.is_none() {
                     self.unsent_since = Some(Instant::now());
                 }
                 return Ok(());
             }
+            if outgoing.is_empty() {
+                self.unsent_since = None;
+                return Ok(());
+            }
         }
-        self.unsent_since = None;
-        Ok(())
     }
 
     /// Sleeps until there is something to do.
     fn wait(&mut self, settled: bool) -> Result<(), Ending> {
         let reading = self.requests.are_wanted();
-        if reading && self.channel.has_buffered() {
+        if reading && self.transport.has_buffered() {
             return Ok(());
         }
         let low_water = self.low_water(reading)?;
@@ -298,7 +305,7 @@ impl Session {
         if reading {
             interest |= PollFlags::IN;
         }
-        if self.channel.is_sending() {
+        if self.blocked {
             interest |= PollFlags::OUT;
         }
         let idle = settled && self.requests.receiving.is_between_messages() && low_water == 1;
@@ -311,7 +318,7 @@ impl Session {
         }
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         let mut fds = [
-            PollFd::new(&self.channel, interest),
+            PollFd::new(&self.transport, interest),
             PollFd::new(&*self.requests.presence.wake, PollFlags::IN),
         ];
         let ready = match poll(&mut fds, timeout.as_ref()) {
@@ -334,7 +341,7 @@ impl Session {
             self.received_at = Instant::now();
         }
         if idle && ready == 0 && !self.resting {
-            self.channel.shrink();
+            self.transport.shrink();
             self.requests.shrink();
             crate::sys::memory::give_back();
         }
@@ -344,8 +351,8 @@ impl Session {
 
     /// Bytes to wait for now.
     fn low_water(&mut self, reading: bool) -> Result<usize, Ending> {
-        if !reading || self.channel.is_sending() {
-            self.channel.set_low_water(1)?;
+        if !reading || self.blocked {
+            self.transport.set_low_water(1)?;
             return Ok(1);
         }
         if self.pace.is_silence_due() {
@@ -356,10 +363,10 @@ impl Session {
                 Err(OsErrno::INTR) => {}
                 slept => drop(slept.map_err(Ending::Poll)?),
             }
-            self.pace.heard(self.channel.unread()?);
+            self.pace.heard(self.transport.unread()?);
         }
         let low_water = self.pace.low_water();
-        self.channel.set_low_water(low_water)?;
+        self.transport.set_low_water(low_water)?;
         Ok(low_water)
     }
 
@@ -390,8 +397,7 @@ impl Session {
     }
 
     fn say_goodbye(&mut self) -> Ending {
-        self.channel.close();
-        self.channel.hang_up();
+        self.transport.close(self.requests.outgoing.staged(0));
         match std::mem::replace(&mut self.requests.receiving, Receiving::START) {
             Receiving::Over(ending) => ending,
             _ => Ending::Gone,

@@ -199,8 +199,8 @@ impl Store {
         Ok(())
     }
 
-    /// Fills `data` if that needs no waiting, which is so when the page cache has it all.
-    pub(super) fn read_now(&self, offset: u64, data: &mut [u8]) -> bool {
+    /// Fills all of `data` if that needs no waiting, which is so when the page cache has it all.
+    pub(super) fn read_now(&self, offset: u64, data: &mut [IoSliceMut<'_>]) -> bool {
         let flags = if self.in_memory {
             ReadWriteFlags::empty()
         } else if self.nowait_reads.load(Ordering::Relaxed) {
@@ -208,9 +208,8 @@ impl Store {
         } else {
             return false;
         };
-        let length = data.len();
-        let buffers = &mut [IoSliceMut::new(data)];
-        match rustix::io::preadv2(&self.file, buffers, offset, flags) {
+        let length: usize = data.iter().map(|piece| piece.len()).sum();
+        match rustix::io::preadv2(&self.file, data, offset, flags) {
             Ok(read) => read == length,
             Err(OsErrno::OPNOTSUPP | OsErrno::NOSYS | OsErrno::INVAL) => {
                 self.nowait_reads.store(false, Ordering::Relaxed);

@@ -10,6 +10,7 @@ mod error;
 mod files;
 mod names;
 mod provider;
+pub mod records;
 mod secret;
 mod server;
 #[cfg(test)]

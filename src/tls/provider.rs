@@ -31,7 +31,7 @@ pub(super) fn kernel_provider() -> Arc<CryptoProvider> {
 
 /// Whether this processor encrypts two blocks of AES at a time (VAES), but not with the 512-bit registers that aws-lc wants
 /// for that; ring is content with 256 bits.
-fn ring_is_wider() -> bool {
+pub(super) fn ring_is_wider() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::is_x86_feature_detected as has;

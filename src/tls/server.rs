@@ -157,6 +157,8 @@ impl Current {
         // A ticket kills a kernel session (K3), and a resumed one would skip the checks above.
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(NoServerSessionStorage {});
+        // For `records`, which seals and opens with the keys itself.
+        config.enable_secret_extraction = true;
         Ok(Self {
             config: Arc::new(config),
             not_after: secret.not_after(),

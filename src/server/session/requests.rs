@@ -23,7 +23,8 @@ impl Requests {
             Receiving::Waiting { .. } | Receiving::Over(_) => false,
             Receiving::Write { .. } | Receiving::Payload { .. } | Receiving::Discard { .. } => true,
             Receiving::Header { .. } => {
-                self.outgoing.staged() < STAGED
+                self.outgoing.together() < STAGED
+                    && !self.outgoing.is_amid_reply()
                     && self.in_flight + self.outgoing.len() < REQUESTS
                     && self.outgoing.bytes() < BACKLOG
             }
@@ -221,16 +222,18 @@ impl Requests {
         } else {
             reply::SIMPLE_LENGTH
         };
-        // It is read to where it will be encrypted from.
-        let (head, data) = self.outgoing.room(header + length).split_at_mut(header);
-        if !self.service.store.read_now(range.offset, data) {
+        // It is read to where it will be encrypted.
+        let mut room = self.outgoing.room(header, length);
+        if !self.service.store.read_now(range.offset, &mut room.data) {
             return false;
         }
         let counters = &self.presence.export.counters;
         count(&counters.reads, &counters.read_bytes, range.length);
         if !self.style.structured {
-            head.copy_from_slice(&reply::simple(cookie, Errno::OK));
-        } else if !whole && range.length >= WORTHWHILE && is_zero(data) {
+            let simple = reply::simple(cookie, Errno::OK);
+            room.header.copy_from_slice(&simple);
+        } else if !whole && range.length >= WORTHWHILE && room.data.iter().all(|data| is_zero(data))
+        {
             let hole = reply::offset_hole(cookie, true, range.offset, range.length);
             self.outgoing.push(Reply {
                 bytes: hole,
@@ -239,7 +242,7 @@ impl Requests {
             return true;
         } else {
             let chunk = reply::offset_data(cookie, true, range.offset, range.length);
-            head.copy_from_slice(&chunk);
+            room.header.copy_from_slice(&chunk);
         }
         self.outgoing.stage(header + length);
         true

@@ -4,21 +4,21 @@
 //! sent, so a byte is moved as seldom as rustls allows. Nothing is decrypted before what was decrypted last has been
 //! taken: a session that stops reading holds no more than one record of plaintext.
 
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use rustix::io::ioctl_fionread;
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{
     ConnectionState, EncodeError, EncryptError, InsufficientSizeError, UnbufferedStatus,
 };
+use rustls::version::TLS13;
 
 use super::buffer::Buffer;
-use crate::sys::socket::set_receive_low_water;
-
-/// The longest plaintext of a record (RFC 8446, 5.1).
-const RECORD: usize = 16 << 10;
+use super::records::RecordChannel;
+use super::staged::Staged;
+use super::wire::{Filled, Wire};
+use super::{ChannelError, OUTGOING, Progress, Received, Sink, Transport};
+use crate::tls::records::{CONTENT, HEAD, Records, TAIL};
 
 /// What a record may be longer than its plaintext: at most 29 bytes in the suites that are offered.
 const RECORD_OVERHEAD: usize = 32;
@@ -26,103 +26,68 @@ const RECORD_OVERHEAD: usize = 32;
 /// What rustls may put before the first record: an answer to a KeyUpdate, and one of its own.
 const AHEAD: usize = 256;
 
-/// Bytes of plaintext that are encrypted before they are sent. More would leave the processor's second cache between
-/// the cipher and the socket, fewer would be more system calls.
-const OUTGOING: usize = 8 * RECORD;
-
 /// Bytes of ciphertext that may wait to become a message: rustls lets no handshake message be longer.
 const LONGEST: usize = 64 << 10;
 
-/// Bytes that are thrown away at the end, before a peer that goes on sending is reset.
-const UNREAD: usize = 1 << 20;
-
 /// A connection inside TLS, or on its way there.
-pub(super) struct Channel {
-    socket: TcpStream,
+pub(in crate::server) struct Channel {
+    wire: Wire,
     tls: UnbufferedServerConnection,
-    incoming: Buffer,
-    /// How long `incoming` is to be.
-    wide: usize,
-    /// rustls has seen all of `incoming`, and found no more whole message in it.
-    searched: bool,
     /// Plaintext that was not taken.
     rest: Buffer,
     outgoing: Buffer,
     /// The peer said that it will send nothing more.
     closed: bool,
-    /// Bytes that poll(2) is to wait for.
-    low_water: usize,
-}
-
-/// Where plaintext goes.
-pub(super) trait Sink {
-    type Error: From<ChannelError>;
-
-    /// Whether more of it is wanted now.
-    fn wants(&self) -> bool;
-
-    /// Takes a part of it, from its beginning; how much. All, as long as more is wanted.
-    fn take(&mut self, plaintext: &[u8]) -> Result<usize, Self::Error>;
-}
-
-/// What came of looking for plaintext.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Received {
-    /// No more was wanted, and there may be more here.
-    Enough,
-    /// There may be more later.
-    Nothing,
-    /// There never will be.
-    End,
-}
-
-/// Why a connection cannot go on.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum ChannelError {
-    #[error("{}", crate::tls::explain(.0))]
-    Tls(rustls::Error),
-    #[error(transparent)]
-    Io(#[from] io::Error),
-    #[error("the peer's TLS message does not end after {LONGEST} bytes")]
-    Endless,
-    #[error("the session's keys are used up")]
-    Exhausted,
 }
 
 impl Channel {
     /// `incoming` bytes are read from the socket at a time.
-    pub(super) fn new(socket: TcpStream, tls: UnbufferedServerConnection, incoming: usize) -> Self {
+    pub(in crate::server) fn new(
+        socket: TcpStream,
+        tls: UnbufferedServerConnection,
+        incoming: usize,
+    ) -> Self {
         Self {
-            socket,
+            wire: Wire::new(socket, incoming),
             tls,
-            incoming: Buffer::default(),
-            wide: incoming,
-            searched: true,
             rest: Buffer::default(),
             outgoing: Buffer::default(),
             closed: false,
-            low_water: 1,
         }
     }
 
-    /// Reads more at a time from now on.
-    pub(super) fn widen(&mut self, incoming: usize) {
-        self.wide = self.wide.max(incoming);
+    /// What a session sends and receives with from now on, reading `incoming` bytes at a time, and what is to be sent first.
+    pub(in crate::server) fn into_transport(
+        mut self,
+        incoming: usize,
+    ) -> Result<(Transport, Staged), ChannelError> {
+        self.wire.widen(incoming);
+        // What rustls still has to say is said with its keys.
+        self.writing(|_, _| Ok(0))?;
+        if self.tls.protocol_version() != Some(TLS13.version) {
+            return Ok((Transport::Rustls(Box::new(self)), Staged::default()));
+        }
+        let tls = Records::take_over(self.tls).map_err(ChannelError::Tls)?;
+        let channel = RecordChannel::new(self.wire, tls, self.rest, self.closed);
+        let staged = Staged::behind(self.outgoing);
+        Ok((Transport::Records(Box::new(channel)), staged))
     }
 
     /// Gives back the memory that is not in use.
     pub(super) fn shrink(&mut self) {
-        for buffer in [&mut self.incoming, &mut self.rest, &mut self.outgoing] {
-            buffer.shrink();
-        }
+        let buffers = [&mut self.wire.incoming, &mut self.rest, &mut self.outgoing];
+        buffers.into_iter().for_each(Buffer::shrink);
     }
 
-    pub(super) fn tls(&self) -> &UnbufferedServerConnection {
+    pub(in crate::server) fn tls(&self) -> &UnbufferedServerConnection {
         &self.tls
     }
 
     /// Looks for plaintext, first in what is here already, and hands it to `sink`. Also drives the handshake.
-    pub(super) fn receive<S: Sink>(&mut self, sink: &mut S) -> Result<Received, S::Error> {
+    pub(in crate::server) fn receive<S: Sink>(
+        &mut self,
+        sink: &mut S,
+    ) -> Result<Received, S::Error> {
         let mut drained = false;
         loop {
             if !sink.wants() {
@@ -133,7 +98,7 @@ impl Channel {
                 self.rest.consume(taken);
                 continue;
             }
-            if !self.searched {
+            if !self.wire.searched {
                 self.search(sink)?;
                 continue;
             }
@@ -144,36 +109,26 @@ impl Channel {
             if drained {
                 return Ok(Received::Nothing);
             }
-            let space = self.incoming.space(self.wide);
-            if space.is_empty() {
-                let longer = 2 * self.wide;
-                if longer > LONGEST {
-                    return Err(ChannelError::Endless.into());
+            match self.wire.fill().map_err(ChannelError::Io)? {
+                Filled::Some { drained: all } => drained = all,
+                Filled::Nothing => return Ok(Received::Nothing),
+                Filled::End => return Ok(Received::End),
+                Filled::Full => {
+                    let longer = 2 * self.wire.wide();
+                    if longer > LONGEST {
+                        return Err(ChannelError::Endless.into());
+                    }
+                    self.wire.widen(longer);
                 }
-                self.wide = longer;
-                continue;
-            }
-            match self.socket.read(space) {
-                Ok(0) => return Ok(Received::End),
-                Ok(read) => {
-                    // There is nothing left in the socket; what comes meanwhile wakes the session.
-                    drained = read < space.len();
-                    self.incoming.fill(read);
-                    self.searched = false;
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return Ok(Received::Nothing);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(ChannelError::Io(error).into()),
             }
         }
     }
 
     /// Has rustls take the next message out of what was received.
     fn search<S: Sink>(&mut self, sink: &mut S) -> Result<(), S::Error> {
-        let UnbufferedStatus { mut discard, state } =
-            self.tls.process_tls_records(self.incoming.filled_mut());
+        let UnbufferedStatus { mut discard, state } = self
+            .tls
+            .process_tls_records(self.wire.incoming.filled_mut());
         match state {
             Ok(ConnectionState::ReadTraffic(mut traffic)) => {
                 while let Some(record) = traffic.next_record() {
@@ -194,10 +149,10 @@ impl Channel {
             Ok(ConnectionState::TransmitTlsData(message)) => message.done(),
             Ok(ConnectionState::PeerClosed | ConnectionState::Closed) => {
                 self.closed = true;
-                self.searched = true;
+                self.wire.searched = true;
             }
             Ok(ConnectionState::BlockedHandshake | ConnectionState::WriteTraffic(_)) => {
-                self.searched = true;
+                self.wire.searched = true;
             }
             Ok(other) => {
                 let unexpected = rustls::Error::General(format!("{other:?}"));
@@ -205,7 +160,9 @@ impl Channel {
             }
             Err(error) => {
                 // The alert tells the peer why, if it still listens.
-                let status = self.tls.process_tls_records(self.incoming.filled_mut());
+                let status = self
+                    .tls
+                    .process_tls_records(self.wire.incoming.filled_mut());
                 if let Ok(ConnectionState::EncodeTlsData(mut alert)) = status.state {
                     encode(&mut alert, &mut self.outgoing)?;
                 }
@@ -213,27 +170,27 @@ impl Channel {
                 return Err(ChannelError::Tls(error).into());
             }
         }
-        self.incoming.consume(discard);
+        self.wire.incoming.consume(discard);
         Ok(())
     }
 
     /// Whether [`Channel::receive`] has something to say without the socket.
     pub(super) fn has_buffered(&self) -> bool {
-        !self.searched || self.closed || !self.rest.is_empty()
+        !self.wire.searched || self.closed || !self.rest.is_empty()
     }
 
     /// Encrypts a part of the plaintext, from its beginning: how much, and 0 when enough waits to be sent.
-    pub(super) fn encrypt(&mut self, plaintext: &[u8]) -> Result<usize, ChannelError> {
+    pub(in crate::server) fn encrypt(&mut self, plaintext: &[u8]) -> Result<usize, ChannelError> {
         if self.outgoing.len() >= OUTGOING || plaintext.is_empty() {
             return Ok(0);
         }
-        let most = (OUTGOING - self.outgoing.len()).next_multiple_of(RECORD);
+        let most = (OUTGOING - self.outgoing.len()).next_multiple_of(CONTENT);
         // A short end is not left for a record and a packet of its own.
         let plaintext = match plaintext.len() {
-            all if all < most + RECORD => plaintext,
+            all if all < most + CONTENT => plaintext,
             _ => &plaintext[..most],
         };
-        let needed = plaintext.len() + plaintext.len().div_ceil(RECORD) * RECORD_OVERHEAD + AHEAD;
+        let needed = plaintext.len() + plaintext.len().div_ceil(CONTENT) * RECORD_OVERHEAD + AHEAD;
         let used = self.writing(|traffic, outgoing| {
             match traffic.encrypt(plaintext, outgoing.reserve(needed)) {
                 Err(EncryptError::InsufficientSize(InsufficientSizeError { required_size })) => {
@@ -246,7 +203,7 @@ impl Channel {
     }
 
     /// Says that nothing more will be sent; [`Channel::send`] sends it.
-    pub(super) fn close(&mut self) {
+    pub(in crate::server) fn close(&mut self) {
         // A peer that cannot be told sees the connection end.
         let _ =
             self.writing(|traffic, outgoing| traffic.queue_close_notify(outgoing.reserve(AHEAD)));
@@ -260,8 +217,8 @@ impl Channel {
         loop {
             // Only what rustls knows to be incomplete, for else it would decrypt another record. But that it must see: a
             // part of a handshake message is in it, which rustls remembers by its place.
-            let known = if self.searched {
-                self.incoming.filled_mut()
+            let known = if self.wire.searched {
+                self.wire.incoming.filled_mut()
             } else {
                 &mut []
             };
@@ -290,7 +247,7 @@ impl Channel {
                 }
                 _ => Some(false),
             };
-            self.incoming.consume(discard);
+            self.wire.incoming.consume(discard);
             if let Some(written) = written {
                 return Ok(written);
             }
@@ -298,69 +255,66 @@ impl Channel {
     }
 
     /// Sends what it can without waiting; whether anything was sent.
-    pub(super) fn send(&mut self) -> Result<bool, ChannelError> {
+    pub(in crate::server) fn send(&mut self) -> Result<bool, ChannelError> {
         let mut sent = false;
         while !self.outgoing.is_empty() {
-            match self.socket.write(self.outgoing.filled()) {
-                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
-                Ok(written) => {
-                    self.outgoing.consume(written);
-                    sent = true;
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
+            match self.wire.write(self.outgoing.filled())? {
+                0 => break,
+                written => self.outgoing.consume(written),
             }
+            sent = true;
         }
         Ok(sent)
     }
 
-    /// From now on poll(2) finds something to read when so many bytes are there, or the end.
-    pub(super) fn set_low_water(&mut self, bytes: usize) -> Result<(), ChannelError> {
-        if bytes != self.low_water {
-            set_receive_low_water(&self.socket, bytes)?;
-            self.low_water = bytes;
+    /// Encrypts and sends what is staged, as much as it can without waiting.
+    pub(super) fn transmit(&mut self, staged: &mut Staged) -> Result<Progress, ChannelError> {
+        let mut progress = Progress::default();
+        loop {
+            let before = staged.len();
+            while let Some((_, record)) = staged.unsealed() {
+                let content = &record[HEAD..record.len() - TAIL];
+                if self.encrypt(content)? == 0 {
+                    break;
+                }
+                staged.seal();
+                staged.sent(staged.sealed().len());
+            }
+            progress.sent |= self.send()?;
+            progress.blocked = self.is_sending();
+            if progress.blocked || staged.is_empty() {
+                return Ok(progress);
+            }
+            if staged.len() == before {
+                return Err(ChannelError::Exhausted);
+            }
         }
-        Ok(())
-    }
-
-    /// Bytes that wait in the socket.
-    pub(super) fn unread(&self) -> Result<usize, ChannelError> {
-        let unread = ioctl_fionread(&self.socket).map_err(io::Error::from)?;
-        Ok(usize::try_from(unread).unwrap_or(usize::MAX))
     }
 
     /// Whether ciphertext waits to be sent.
-    pub(super) fn is_sending(&self) -> bool {
+    pub(in crate::server) fn is_sending(&self) -> bool {
         !self.outgoing.is_empty()
     }
 
+    pub(super) fn wire(&mut self) -> &mut Wire {
+        &mut self.wire
+    }
+
     /// The socket, when nothing more is to be said in TLS.
-    pub(super) fn into_socket(self) -> TcpStream {
-        self.socket
+    pub(in crate::server) fn into_socket(self) -> TcpStream {
+        self.wire.into_socket()
     }
 
     /// Ends the connection, after what can still be sent: an alert, or close_notify.
-    ///
-    /// What the peer has sent and nobody read is thrown away first. A socket that is closed on unread bytes resets the
-    /// connection, and the peer might never see our last words.
-    pub(super) fn hang_up(&mut self) {
+    pub(in crate::server) fn hang_up(&mut self) {
         let _ = self.send();
-        let _ = self.socket.shutdown(Shutdown::Write);
-        let mut most = UNREAD;
-        let mut unread = [0; 4 << 10];
-        while let Ok(read @ 1..) = self.socket.read(&mut unread) {
-            if read >= most {
-                return;
-            }
-            most -= read;
-        }
+        self.wire.hang_up();
     }
 }
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.wire.as_fd()
     }
 }
 
