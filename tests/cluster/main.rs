@@ -9,9 +9,11 @@
 //! ```text
 //! cargo test --test cluster -- [--list] [--quick] [PART-OF-A-NAME...]
 //! cargo test --test cluster -- [--quick] --shell
+//! cargo test --test cluster -- [--quick] --latency
 //! ```
 //! The image is the whole Dockerfile's, a release; with `--quick` it is of the executable that cargo built with the test.
-//! `--shell` brings the cluster up with the driver in it, and starts a shell with `KUBECONFIG` set.
+//! `--shell` brings the cluster up with the driver in it, and starts a shell with `KUBECONFIG` set. `--latency` prints
+//! what lies between a claim and its running pod.
 #![allow(
     clippy::unwrap_used,
     reason = "a helper of a scenario that fails fails the scenario"
@@ -24,12 +26,16 @@ mod host;
 #[path = "../support/kernels.rs"]
 mod kernels;
 mod kubectl;
+mod latency;
 mod network;
 mod node;
 mod process;
 mod reader;
 mod report;
 mod scenarios;
+#[path = "../bench/spread.rs"]
+#[allow(dead_code, reason = "other reports use more of it")]
+mod spread;
 mod testbed;
 mod tools;
 mod workload;

@@ -16,10 +16,13 @@ use super::node::{self, Node};
 use super::report::{self, say, step};
 use super::scenarios::{self, Scenario, When};
 use super::tools::Tools;
-use super::{NODES, driver, network, until, workload};
+use super::{NODES, driver, latency, network, until, workload};
 
 /// How many scenarios run side by side. More would only wait for each other's processor.
 const LANES: usize = 3;
+
+/// Volumes that live for `--latency`.
+const REPETITIONS: usize = 5;
 
 /// The namespace of the pod that works on its volume through everything that happens.
 const LOAD: &str = "load";
@@ -38,7 +41,8 @@ pub(crate) struct Testbed {
 
 pub(crate) fn main(arguments: &[String]) -> Result<ExitCode> {
     let started = Instant::now();
-    let shell = arguments.iter().any(|argument| argument == "--shell");
+    let asked = |option: &str| arguments.iter().any(|argument| argument == option);
+    let (shell, latency) = (asked("--shell"), asked("--latency"));
     let wanted: Vec<&Scenario> = scenarios::all()
         .filter(|scenario| {
             arguments.is_empty()
@@ -48,10 +52,14 @@ pub(crate) fn main(arguments: &[String]) -> Result<ExitCode> {
         })
         .collect();
     ensure!(
-        shell || !wanted.is_empty(),
+        shell || latency || !wanted.is_empty(),
         "no scenario has a name like {arguments:?}"
     );
     let testbed = Testbed::bring_up()?;
+    if latency {
+        latency::measure(&testbed, REPETITIONS)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     if shell {
         driver::install(&testbed.kubectl, &testbed.nodes, driver::CURRENT)?;
         let status = Command::new("bash")
