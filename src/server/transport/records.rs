@@ -231,6 +231,8 @@ impl RecordChannel {
             None => [WARNING, AlertDescription::CloseNotify.into()],
         };
         staged.control(ContentType::Alert, &last);
+        // Nothing goes behind it (RFC 8446, 6.1), also no KeyUpdate that was asked for.
+        self.update = Update::Staged;
         // A peer that cannot be told sees the connection end.
         let _ = self.transmit(staged);
         self.wire.hang_up();

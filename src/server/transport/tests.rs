@@ -262,6 +262,24 @@ fn many_wishes_for_new_keys_get_one_answer() {
     assert_eq!(client.sock.read(&mut answer).unwrap(), HEAD_AND_KEY_UPDATE);
 }
 
+#[test]
+fn an_alert_is_the_last_record() {
+    let (mut transport, mut staged, mut client) = connect(Profile::Probe);
+    client.conn.refresh_traffic_keys().unwrap();
+    client.write_all(b"good").unwrap();
+    client.sock.write_all(&[22, 3, 3, 0, 5]).unwrap();
+    let mut taken = Taken::at_most(100);
+    receive(&mut transport, &mut taken, |_, _| false).unwrap_err();
+    transport.give_up(&mut staged);
+    drop(transport);
+    let mut last = Vec::new();
+    client.sock.read_to_end(&mut last).unwrap();
+    assert_eq!(last.len(), HEAD_AND_ALERT);
+}
+
+/// An alert in its record.
+const HEAD_AND_ALERT: usize = 5 + 2 + 17;
+
 /// A KeyUpdate in its record.
 const HEAD_AND_KEY_UPDATE: usize = 5 + 5 + 17;
 
