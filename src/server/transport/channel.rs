@@ -280,12 +280,14 @@ impl Channel {
                 staged.seal();
                 staged.sent(staged.sealed().len());
             }
-            progress.sent |= self.send()?;
+            let sent = self.send()?;
+            progress.sent |= sent;
             progress.blocked = self.is_sending();
             if progress.blocked || staged.is_empty() {
                 return Ok(progress);
             }
-            if staged.len() == before {
+            // Where something was sent, nothing may have been encrypted because there was no room.
+            if !sent && staged.len() == before {
                 return Err(ChannelError::Exhausted);
             }
         }

@@ -175,16 +175,22 @@ fn tls12_stays_with_rustls() {
     while taken.wants() {
         transport.receive(&mut taken).unwrap();
     }
-    let answer = pattern(100_000);
-    stage(&mut staged, &answer);
+    // More than the socket takes, so that the rest has to wait for the reader.
+    let answer = pattern(20 << 20);
+    for part in answer.chunks(1 << 20) {
+        stage(&mut staged, part);
+    }
+    assert!(transport.transmit(&mut staged).unwrap().blocked);
+    let length = answer.len();
     let reader = std::thread::spawn(move || {
-        let mut back = vec![0; 100_000];
+        let mut back = vec![0; length];
         client.read_exact(&mut back).unwrap();
         back
     });
-    while !staged.is_empty() || transport.transmit(&mut staged).unwrap().blocked {
-        transport.transmit(&mut staged).unwrap();
+    while transport.transmit(&mut staged).unwrap().blocked {
+        sleep(Duration::from_millis(5));
     }
+    assert!(staged.is_empty());
     assert!(reader.join().unwrap() == answer);
 }
 
