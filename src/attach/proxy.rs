@@ -9,11 +9,15 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::ioctl_fionread;
+use rustix::net::sockopt;
 use rustls::ClientConnection;
 
 use crate::client::ProxySession;
+use crate::nbd::request::RawRequest;
 
 /// Bytes carried at a time: four full TLS records.
 const CHUNK: usize = 64 << 10;
@@ -97,6 +101,9 @@ impl Connection {
         self.tls.set_buffer_limit(None);
         loop {
             let (driver, server) = self.wait()?;
+            if driver.intersects(PollFlags::RDHUP | PollFlags::HUP) && self.was_given_up()? {
+                return Err(self.abort());
+            }
             if driver.contains(PollFlags::OUT) {
                 self.deliver()?;
             }
@@ -124,6 +131,21 @@ impl Connection {
         }
     }
 
+    /// Whether the driver, which has closed its end, waits for nothing that is still under way: it then asks for the same
+    /// on another connection. If it disconnects in order, its last word is alone.
+    fn was_given_up(&self) -> io::Result<bool> {
+        let unread = ioctl_fionread(&self.driver)?;
+        Ok(self.tls.wants_write() || unread > RawRequest::LENGTH as u64)
+    }
+
+    /// Has nothing more arrive of what was given up: it may come behind something newer.
+    fn abort(&self) -> io::Error {
+        match sockopt::set_socket_linger(&self.server, Some(Duration::ZERO)) {
+            Ok(()) => io::Error::new(ErrorKind::TimedOut, "the driver gave it up"),
+            Err(errno) => errno.into(),
+        }
+    }
+
     /// Waits until something can be done. A side that has nothing to do is left out: its end, which poll would report
     /// again and again, is for later.
     fn wait(&self) -> io::Result<(PollFlags, PollFlags)> {
@@ -132,12 +154,11 @@ impl Connection {
         };
         let sending = self.tls.wants_write();
         let delivering = !self.plaintext.is_empty();
-        let driver = when(!sending, PollFlags::IN) | when(delivering, PollFlags::OUT);
+        let driver =
+            when(!sending, PollFlags::IN) | when(delivering, PollFlags::OUT) | PollFlags::RDHUP;
         let server = when(!delivering, PollFlags::IN) | when(sending, PollFlags::OUT);
         let mut descriptors = Vec::with_capacity(2);
-        if !driver.is_empty() {
-            descriptors.push(PollFd::new(&self.driver, driver));
-        }
+        descriptors.push(PollFd::new(&self.driver, driver));
         if !server.is_empty() {
             descriptors.push(PollFd::new(&self.server, server));
         }

@@ -274,12 +274,18 @@ impl Session {
     }
 }
 
+/// How much sooner than the driver TCP gives up.
+const EARLIER: Duration = Duration::from_secs(1);
+
 /// Lets TCP itself end a connection whose other side has vanished, so that the device loses the socket, and gets
 /// another one, although no request is under way.
 fn notice_silence(socket: &TcpStream, timeout: Duration) -> Result<(), AttachError> {
     const PROBES: u32 = 3;
+    // What TCP could not deliver is thrown away before the driver asks for it on another connection: it must not arrive
+    // behind what was written since.
+    let unanswered = timeout.saturating_sub(EARLIER).max(timeout / 2);
     let probe = (timeout / PROBES).max(Duration::from_secs(1));
-    let milliseconds = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+    let milliseconds = u32::try_from(unanswered.as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(socket, milliseconds)
         .and_then(|()| sockopt::set_tcp_keepidle(socket, probe))
         .and_then(|()| sockopt::set_tcp_keepintvl(socket, probe))

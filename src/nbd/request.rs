@@ -206,6 +206,16 @@ pub enum Request {
     },
 }
 
+impl Request {
+    /// Whether it may change what the export contains.
+    pub(crate) fn changes(&self) -> bool {
+        matches!(
+            self,
+            Self::Write { .. } | Self::Trim { .. } | Self::WriteZeroes { .. }
+        )
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

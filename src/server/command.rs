@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::budget::Permit;
+use super::client::Asker;
 use super::exports::Presence;
 use super::service::Service;
 use super::session::Inbox;
@@ -59,6 +60,8 @@ pub(super) struct Pending {
     pub(super) inbox: Arc<Inbox>,
     /// Keeps the session there until this request is over.
     pub(super) presence: Arc<Presence>,
+    /// Where what is not begun when the client leaves is not to be begun any more.
+    pub(super) asker: Option<Asker>,
     pub(super) permit: Option<Permit>,
     pub(super) answered: bool,
 }
@@ -67,6 +70,10 @@ impl Pending {
     /// Carries out the request where it may block; `data` is WRITE's payload.
     pub(super) fn perform(mut self, service: &Arc<Service>, request: Request, data: Vec<u8>) {
         let store = &service.store;
+        if request.changes() && self.asker.as_ref().is_some_and(Asker::has_left) {
+            let unheard = self.failure(Errno::ESHUTDOWN, "the client has left");
+            return self.deliver(unheard);
+        }
         let counters = &self.presence.export.counters;
         match request {
             Request::Read { range, whole } => {

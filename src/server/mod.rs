@@ -6,6 +6,7 @@
 
 mod attachments;
 mod budget;
+mod client;
 mod command;
 mod commit;
 mod control;

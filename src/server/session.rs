@@ -4,6 +4,7 @@
 //! come back through an [`Inbox`], in the order in which they are ready. A session that cannot send, or that has used
 //! up its memory, stops reading: the client feels that, and nobody else does.
 
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno as OsErrno;
 
 use super::budget::{Account, Permit};
+use super::client::Client;
 use super::command::{Reply, Style};
 use super::exports::{Order, Presence};
 use super::outgoing::Outgoing;
@@ -83,6 +85,8 @@ pub(super) enum Ending {
     Disconnected,
     #[error("the client went away")]
     Gone,
+    #[error("the client gave up the connection; what it asked for last was not begun")]
+    GivenUp,
     #[error("the attachment was revoked, or the server had to stop")]
     Ordered,
     #[error("the server is shutting down")]
@@ -119,6 +123,8 @@ struct Requests {
     presence: Arc<Presence>,
     inbox: Arc<Inbox>,
     account: Arc<Account>,
+    /// A client that asks again for what it gave up.
+    client: Option<Client>,
     style: Style,
     receiving: Receiving,
     outgoing: Outgoing,
@@ -180,6 +186,13 @@ impl Session {
         negotiated: &Negotiated,
     ) -> Result<Self, Ending> {
         let (transport, staged) = channel.into_transport(INCOMING)?;
+        // The kernel negotiates no structured replies.
+        let client = if negotiated.structured {
+            None
+        } else {
+            let socket = transport.as_fd().try_clone_to_owned();
+            Some(Client::new(socket.map_err(ChannelError::Io)?))
+        };
         let inbox = Arc::new(Inbox {
             replies: Mutex::default(),
             wake: Arc::clone(&presence.wake),
@@ -196,6 +209,7 @@ impl Session {
                 presence,
                 inbox,
                 account,
+                client,
                 style,
                 receiving: Receiving::START,
                 outgoing: Outgoing::behind(staged),

@@ -306,24 +306,27 @@ fn c57_disc_waits_for_what_was_asked_before() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn revoking_waits_for_writes_in_flight_and_lets_nothing_follow_them() {
-    let bench = Bench::new();
-    let mut client = bench.client(false);
-    let held = bench.hold_workers();
-    client.send_write(1, 0, &vec![7; 1 << 20]);
-    bench.in_flight(1);
-    exports(&bench).forbid(&bench.export);
-    assert_eq!(exports(&bench).order(Some(&bench.export), Order::Close), 1);
-    let vacated = exports(&bench).vacated(Some(&bench.export));
-    tokio::pin!(vacated);
-    let soon = Duration::from_millis(100);
-    assert!(
-        tokio::time::timeout(soon, &mut vacated).await.is_err(),
-        "the write has not been carried out"
-    );
-    assert!(client.is_closed(), "the client is cut off at once");
-    drop(held);
-    tokio::time::timeout(PATIENCE, vacated).await.unwrap();
-    assert_eq!(bench.file()[..1 << 20], vec![7; 1 << 20], "it has now");
+    // What the kernel asked for and nobody began is dropped with its connection.
+    for (structured, expected) in [(true, 7), (false, 0)] {
+        let bench = Bench::new();
+        let mut client = bench.client(structured);
+        let held = bench.hold_workers();
+        client.send_write(1, 0, &vec![7; 1 << 20]);
+        bench.in_flight(1);
+        exports(&bench).forbid(&bench.export);
+        assert_eq!(exports(&bench).order(Some(&bench.export), Order::Close), 1);
+        let vacated = exports(&bench).vacated(Some(&bench.export));
+        tokio::pin!(vacated);
+        let soon = Duration::from_millis(100);
+        assert!(
+            tokio::time::timeout(soon, &mut vacated).await.is_err(),
+            "the write is not over"
+        );
+        assert!(client.is_closed(), "the client is cut off at once");
+        drop(held);
+        tokio::time::timeout(PATIENCE, vacated).await.unwrap();
+        assert_eq!(bench.file()[..1 << 20], vec![expected; 1 << 20]);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -431,4 +434,28 @@ fn a_client_that_vanishes_leaves_nothing_behind() {
     wait_until(|| bench.service.budget.in_flight() == 0);
     wait_until(|| exports(&bench).all()[0].1 == 0);
     assert_eq!(bench.file()[..1000], [0; 1000], "half a WRITE is none");
+}
+
+#[test]
+fn k21_what_waits_for_a_worker_is_dropped_with_its_connection() {
+    for (structured, expected) in [(false, 7), (true, 5)] {
+        let bench = Bench::new();
+        let mut client = bench.client(structured);
+        let file = File::options()
+            .write(true)
+            .open(bench.directory.path().join("data"));
+        file.unwrap().write_all(&[7; 8192]).unwrap();
+        let held = bench.hold_workers();
+        client.send(Command::WRITE, CommandFlags::FUA, 1, (0, 4096));
+        client.stream.write_all(&[5; 4096]).unwrap();
+        client.send(Command::WRITE_ZEROES, NONE, 2, (4096, 4096));
+        client.stream.flush().unwrap();
+        wait_until(|| bench.service.workers.waiting() == 2);
+        drop(client);
+        drop(held);
+        wait_until(|| exports(&bench).all()[0].1 == 0);
+        let file = bench.file();
+        assert_eq!(file[..4096], [expected; 4096], "structured: {structured}");
+        assert_eq!(file[4096] == 0, structured);
+    }
 }

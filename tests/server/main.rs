@@ -10,5 +10,6 @@ mod bench;
 mod documents;
 mod lifecycle;
 mod negotiation;
+mod resent;
 mod transmission;
 mod wire;

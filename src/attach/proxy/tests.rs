@@ -128,3 +128,31 @@ fn the_driver_sees_the_servers_end() {
     played.join().unwrap();
     wait_until_none_runs(&proxies);
 }
+
+#[test]
+fn k21_what_the_driver_gave_up_does_not_arrive() {
+    let (go_on, told) = std::sync::mpsc::channel();
+    let (session, played) = session(move |mut stream| {
+        told.recv().unwrap();
+        let (mut total, mut buffer) = (0, vec![0; 100_000]);
+        while let Ok(count @ 1..) = stream.read(&mut buffer) {
+            total += count;
+        }
+        total
+    });
+    let proxies = Proxies::default();
+    let mut driver = proxies.start(session).unwrap();
+    driver
+        .set_write_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
+    let mut sent = 0;
+    // Until the server, which reads nothing, has everything on the way full.
+    while let Ok(count) = driver.write(&[7; 50_000]) {
+        sent += count;
+    }
+    driver.shutdown(std::net::Shutdown::Both).unwrap();
+    wait_until_none_runs(&proxies);
+    go_on.send(()).unwrap();
+    let received = played.join().unwrap();
+    assert!(received < sent, "{received} of {sent}");
+}

@@ -130,7 +130,7 @@ fn a_vanished_peer_ends_the_connection_within_the_timeout() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     notice_silence(&socket, Duration::from_secs(9)).unwrap();
-    assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), 9000);
+    assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), 8000);
     assert!(sockopt::socket_keepalive(&socket).unwrap());
     let probe = Duration::from_secs(3);
     assert_eq!(sockopt::tcp_keepidle(&socket).unwrap(), probe);

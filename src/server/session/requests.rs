@@ -8,6 +8,7 @@ use crate::nbd::reply;
 use crate::nbd::request::{Range, RawRequest, Request, Rules};
 use crate::nbd::{Cookie, Errno};
 use crate::server::budget::Permit;
+use crate::server::client::Client;
 use crate::server::command::{EXTENTS, Pending, Reply, WORTHWHILE, count};
 use crate::server::exports::Order;
 use crate::server::service::BLOCK_SIZES;
@@ -84,6 +85,7 @@ impl Requests {
             }
             Receiving::Write { cookie, range, fua } => {
                 let (cookie, range, fua) = (*cookie, *range, *fua);
+                self.check_client()?;
                 let whole = plaintext.get(..range.length as usize);
                 if let Some(data) = whole.filter(|data| self.write_now(cookie, range, fua, data)) {
                     self.receiving = Receiving::START;
@@ -96,6 +98,7 @@ impl Requests {
                 let taken = plaintext.len().min(range.length as usize - data.len());
                 data.extend_from_slice(&plaintext[..taken]);
                 if data.len() == range.length as usize {
+                    self.check_client()?;
                     self.write();
                 }
                 Ok(taken)
@@ -110,6 +113,14 @@ impl Requests {
             }
             Receiving::Waiting { .. } | Receiving::Over(_) => Ok(0),
         }
+    }
+
+    /// Nothing is changed any more for a client that asks for it again elsewhere.
+    fn check_client(&mut self) -> Result<(), Ending> {
+        if self.client.as_mut().is_some_and(Client::has_left) {
+            return Err(Ending::GivenUp);
+        }
+        Ok(())
     }
 
     /// Checks a request, once and for all.
@@ -293,6 +304,7 @@ impl Requests {
             style: self.style.clone(),
             inbox: Arc::clone(&self.inbox),
             presence: Arc::clone(&self.presence),
+            asker: self.client.as_ref().map(Client::asker),
             permit: Some(permit),
             answered: false,
         };
