@@ -17,6 +17,7 @@ use hawser::proto::control::{AllowRequest, GrowRequest, RevokeRequest};
 use hawser::proto::socket;
 use hawser::tls::{self, Authority, Secret, Side};
 use hawser::volumes::{AttachmentId, Format, NodeVolumes, Volume, VolumeId, VolumesError};
+use rustix::process::{Pid, Signal};
 
 /// What everything waits for at most: far above what any of it takes in a slow machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -142,6 +143,14 @@ impl Served {
         child.kill()?;
         child.wait()?;
         Ok(())
+    }
+
+    /// Has the server stand still, or go on.
+    pub(crate) fn hold(&self, still: bool) -> Result<()> {
+        let server = self.server.lock().unwrap();
+        let process = Pid::from_child(server.as_ref().context("no server runs")?);
+        let signal = if still { Signal::STOP } else { Signal::CONT };
+        Ok(rustix::process::kill_process(process, signal)?)
     }
 
     /// Sends clients elsewhere than to the server itself.

@@ -24,6 +24,11 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         one_dead_socket_of_four,
     ),
     Scenario::new("reconnect::the_server_dies", the_server_dies).within_seconds(120),
+    Scenario::new(
+        "reconnect::k21_the_server_stands_still",
+        the_server_stands_still,
+    )
+    .within_seconds(120),
     Scenario::new("reconnect::the_node_restarts", the_node_restarts).within_seconds(120),
     Scenario::new(KILLED, the_node_is_killed).within_seconds(120),
     Scenario::new(PROXY_KILLED, the_node_is_killed)
@@ -107,6 +112,31 @@ fn the_server_dies() -> Result<()> {
             Ok(tls_statistic("TlsCurrTxSw")? == 2 && tls_statistic("TlsCurrRxSw")? == 2)
         })
         .await?;
+        attacher.detach(&served.volume).await?;
+        nothing_left()
+    })
+}
+
+/// For longer than the driver waits, as with a host that was paused: when it goes on, it has old requests and the same anew.
+fn the_server_stands_still() -> Result<()> {
+    block_on(async {
+        let served = Served::new(1, SIZE)?;
+        let attachment = served.allow(1, false).await?;
+        let attacher = node(&served, false).await?;
+        let options = options(4);
+        let still = options.timeout * 2;
+        let device = attacher
+            .attach(served.request(&attachment, false, options)?)
+            .await?;
+        let load = Load::start(&device.path)?;
+        for _ in 0..2 {
+            load.go_on(200).await?;
+            served.hold(true)?;
+            tokio::time::sleep(still).await;
+            served.hold(false)?;
+            load.go_on(200).await?;
+        }
+        load.finish(&served.data())?;
         attacher.detach(&served.volume).await?;
         nothing_left()
     })

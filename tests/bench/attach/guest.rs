@@ -118,20 +118,29 @@ async fn settings(task: &Task) -> Result<()> {
         let device = attach(&attacher, task, connections).await?;
         let name = device.path.file_name().context("the device's name")?;
         let queue = Path::new("/sys/block").join(name).join("queue");
+        let mut turns = vec![None];
+        if connections == 4 {
+            let all = |(setting, values): (_, &'static [_])| {
+                values.iter().map(move |value| (setting, *value))
+            };
+            turns.extend(QUEUE.into_iter().flat_map(all).map(Some));
+        }
         for case in chosen(task) {
-            for _ in 0..task.repetitions {
-                measure(task, &case, &device.path, HAWSER, connections)?;
-                if connections != 4 {
-                    continue;
-                }
-                for (setting, values) in QUEUE {
+            for repetition in 0..task.repetitions {
+                // Each has its turn early and late.
+                let mut turns = turns.clone();
+                let first = repetition * turns.len() / task.repetitions;
+                turns.rotate_left(first);
+                for turn in turns {
+                    let Some((setting, value)) = turn else {
+                        measure(task, &case, &device.path, HAWSER, connections)?;
+                        continue;
+                    };
                     let path = queue.join(setting);
                     let usual = fs::read_to_string(&path)?;
-                    for value in values {
-                        fs::write(&path, value).with_context(|| format!("{setting}: {value}"))?;
-                        let subject = format!("{setting} {value}");
-                        measure(task, &case, &device.path, &subject, connections)?;
-                    }
+                    fs::write(&path, value).with_context(|| format!("{setting}: {value}"))?;
+                    let subject = format!("{setting} {value}");
+                    measure(task, &case, &device.path, &subject, connections)?;
                     fs::write(&path, current(&usual))?;
                 }
             }
