@@ -16,7 +16,7 @@ use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 
 use super::certificates::{Certificates, SecretsError, is_own};
 use super::metrics::Metrics;
@@ -35,7 +35,7 @@ use crate::kube::volumes::{View, prune, without_ended};
 use crate::volumes::VolumeId;
 
 /// How many volumes are looked at side by side.
-const CONCURRENCY: u16 = 16;
+const CONCURRENCY: usize = 16;
 
 /// How long changes of one volume are gathered before it is looked at.
 const GATHER: Duration = Duration::from_millis(50);
@@ -106,6 +106,8 @@ struct Inner {
     recorder: Recorder,
     metrics: Metrics,
     news: News,
+    /// Volumes have their turns in the order in which they come.
+    turns: Semaphore,
     /// The StatefulSets that were applied: what, and what that made of them.
     applied: Mutex<HashMap<String, Applied>>,
     /// Ports that were given on nodes whose network servers share, and may not be in the view yet.
@@ -135,6 +137,7 @@ impl Keeper {
             image,
             pods_have,
             metrics,
+            turns: Semaphore::new(CONCURRENCY),
             applied: Mutex::default(),
             ports: Mutex::default(),
             client,
@@ -170,11 +173,9 @@ impl Keeper {
         let secrets: Api<PartialObjectMeta<Secret>> =
             Api::namespaced(inner.client.clone(), &inner.namespace);
         let volumes = Controller::new(inner.volumes.clone(), watcher::Config::default())
-            .with_config(
-                controller::Config::default()
-                    .concurrency(CONCURRENCY)
-                    .debounce(GATHER),
-            )
+            // The runtime's own limit takes those that wait in no order: with more work than it lets through, some would
+            // wait until all others are done.
+            .with_config(controller::Config::default().debounce(GATHER))
             .owns(inner.sets.clone(), ours())
             .watches(secrets, watcher::Config::default(), of_secret)
             .watches(inner.pods.clone(), servers, of_pod)
@@ -205,7 +206,10 @@ impl Keeper {
 }
 
 async fn reconcile(volume: Arc<NbdVolume>, keeper: Arc<Inner>) -> Result<Action, KeepError> {
-    let looked = keeper.keep(&volume).await;
+    let turn = keeper.turns.acquire().await;
+    // Who waits does so with little memory.
+    let looked = Box::pin(keeper.keep(&volume)).await;
+    drop(turn);
     let is_overtaken = looked.as_ref().is_err_and(KeepError::is_overtaken);
     keeper.metrics.looked(looked.is_ok() || is_overtaken);
     looked
