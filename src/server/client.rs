@@ -10,6 +10,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 
 /// How often a session looks: the client needs longer to have its request answered elsewhere and to ask for another.
 const OFTEN: Duration = Duration::from_millis(1);
@@ -58,8 +59,9 @@ impl Asker {
 /// Whether the other side has said that it will send nothing more, whatever there is to be read before that.
 fn is_closed(socket: impl AsFd) -> bool {
     let mut fds = [PollFd::new(&socket, PollFlags::RDHUP)];
-    // It says the same of a connection that was reset. If it cannot be asked, nothing more is to be had from it either.
-    poll(&mut fds, Some(&Timespec::default())) != Ok(0)
+    // A signal that comes here says nothing of the client. A connection that was reset counts as closed, and so does one
+    // that cannot be asked: when in doubt, nothing is begun.
+    retry_on_intr(|| poll(&mut fds, Some(&Timespec::default()))) != Ok(0)
 }
 
 #[cfg(test)]
