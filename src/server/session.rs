@@ -132,6 +132,8 @@ struct Requests {
     /// Memory for the next WRITE's payload.
     spare: Vec<u8>,
     order: Order,
+    /// The file was looked at since the last bytes came.
+    looked: bool,
 }
 
 /// How far the next request has come.
@@ -216,6 +218,7 @@ impl Session {
                 in_flight: 0,
                 spare: Vec::new(),
                 order: Order::Serve,
+                looked: false,
             },
             pace: Pace::default(),
             received_at: Instant::now(),
@@ -273,6 +276,8 @@ impl Session {
 
     /// Reads and starts requests, until there are none or until there is no room.
     fn receive(&mut self) -> Result<(), Ending> {
+        // A request may have waited for memory since.
+        self.requests.looked = false;
         let mut sink = Counting {
             requests: &mut self.requests,
             taken: 0,
@@ -430,6 +435,10 @@ impl Sink for Counting<'_> {
 
     fn wants(&self) -> bool {
         self.requests.are_wanted()
+    }
+
+    fn arrived(&mut self) {
+        self.requests.looked = false;
     }
 
     fn take(&mut self, plaintext: &[u8]) -> Result<usize, Ending> {

@@ -225,11 +225,16 @@ impl Store {
     }
 
     /// Writes `data` if that is unlikely to need waiting; `None` where it would, or where anything is out of order.
-    pub(super) fn write_now(&self, offset: u64, data: &[u8]) -> Option<()> {
-        if self.is_slow() {
+    ///
+    /// `looked` is whether the file was looked at since the request came. One look serves all that came together.
+    pub(super) fn write_now(&self, offset: u64, data: &[u8], looked: &mut bool) -> Option<()> {
+        if self.is_slow() || self.has_lost_writes() {
             return None;
         }
-        self.check_writable().ok()?;
+        if !*looked {
+            self.check_writable().ok()?;
+            *looked = true;
+        }
         if self.nowait_writes.load(Ordering::Relaxed) && !self.in_memory {
             let buffers = &[IoSlice::new(data)];
             match rustix::io::pwritev2(&self.file, buffers, offset, ReadWriteFlags::NOWAIT) {

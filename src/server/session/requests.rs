@@ -264,7 +264,11 @@ impl Requests {
         if fua || range.length > SHORT {
             return false;
         }
-        if self.service.store.write_now(range.offset, data).is_none() {
+        let store = &self.service.store;
+        if store
+            .write_now(range.offset, data, &mut self.looked)
+            .is_none()
+        {
             return false;
         }
         let counters = &self.presence.export.counters;

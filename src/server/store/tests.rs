@@ -51,6 +51,24 @@ fn what_is_written_is_read_and_all_else_is_zero() {
 }
 
 #[test]
+fn one_look_at_the_file_serves_many_writes_but_not_lost_ones() {
+    // In memory, where no write needs waiting.
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = directory.path().join("data");
+    File::create(&path).unwrap().set_len(SIZE).unwrap();
+    let store = Store::open(&path, false).unwrap();
+    let mut looked = false;
+    store.write_now(0, b"x", &mut looked).unwrap();
+    assert!(looked);
+    std::fs::remove_file(path).unwrap();
+    store.write_now(0, b"y", &mut looked).unwrap();
+    assert_eq!(store.write_now(0, b"z", &mut false), None);
+    store.lose();
+    assert_eq!(store.write_now(0, b"z", &mut looked), None);
+    assert_eq!(read(&store, range(0, 1)).unwrap(), b"y");
+}
+
+#[test]
 fn extents_cover_the_range_and_alternate() {
     let (_directory, _, store) = sparse();
     store.write(64 * KIB, &[1; 64 << 10]).unwrap();
@@ -129,7 +147,9 @@ fn a_file_that_shrank_fails_what_touches_it_and_recovers_with_it() {
         Err(truncated),
         "and does not grow it"
     );
-    assert_eq!(store.write_now(0, b"x"), None);
+    let mut looked = false;
+    assert_eq!(store.write_now(0, b"x", &mut looked), None);
+    assert!(!looked, "so the next one looks again");
     assert_eq!(store.trim(range(0, KIB)), Err(truncated));
     assert_eq!(store.zero(range(0, KIB), false, false), Err(truncated));
     assert_eq!(store.extents(range(0, SIZE), 10), Err(truncated));

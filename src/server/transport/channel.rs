@@ -110,7 +110,10 @@ impl Channel {
                 return Ok(Received::Nothing);
             }
             match self.wire.fill().map_err(ChannelError::Io)? {
-                Filled::Some { drained: all } => drained = all,
+                Filled::Some { drained: all } => {
+                    drained = all;
+                    sink.arrived();
+                }
                 Filled::Nothing => return Ok(Received::Nothing),
                 Filled::End => return Ok(Received::End),
                 Filled::Full => {

@@ -31,6 +31,9 @@ pub(super) trait Sink {
     /// Whether more of it is wanted now.
     fn wants(&self) -> bool;
 
+    /// The peer's next bytes are there.
+    fn arrived(&mut self) {}
+
     /// Takes a part of it, from its beginning; how much. All, as long as more is wanted.
     fn take(&mut self, plaintext: &[u8]) -> Result<usize, Self::Error>;
 }

@@ -103,7 +103,10 @@ impl RecordChannel {
             } else {
                 reads += 1;
                 match self.wire.fill().map_err(ChannelError::Io)? {
-                    Filled::Some { drained: all } => drained = all,
+                    Filled::Some { drained: all } => {
+                        drained = all;
+                        sink.arrived();
+                    }
                     Filled::Nothing => return Ok(Received::Nothing),
                     Filled::End => return Ok(Received::End),
                     // A record fits, or its length was refused.
