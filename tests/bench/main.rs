@@ -8,12 +8,14 @@
 mod awake;
 mod clients;
 mod floor;
+mod network;
 mod plot;
 mod report;
 mod servers;
 mod spread;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 
@@ -25,8 +27,13 @@ use self::servers::{Cipher, Kind, Server, Site};
 /// Bytes of the file that is served. It is in memory, with everything else.
 const SIZE: u64 = 256 << 20;
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let options = Options::parse()?;
+    // fio has to be another user than root, whom a network of somebody else has not.
+    let alone = !options.as_is && rustix::process::geteuid().is_root();
+    if alone && let Some(status) = network::alone()? {
+        return Ok(status);
+    }
     let site = Site::new(&options.directory, SIZE, options.before.clone())?;
     let _awake = options.awake.then(Awake::keep).transpose()?;
     let mut report = Report::new(&options)?;
@@ -35,7 +42,8 @@ fn main() -> Result<()> {
             measure(&site, cipher, &options, &mut report)?;
         }
     }
-    report.finish(options.output.as_deref())
+    report.finish(options.output.as_deref())?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn measure(site: &Site, cipher: Cipher, options: &Options, report: &mut Report) -> Result<()> {
@@ -138,6 +146,8 @@ struct Options {
     /// Another hawser, which takes part.
     before: Option<PathBuf>,
     cipher: Option<Cipher>,
+    /// In the machine's own network, with its settings.
+    as_is: bool,
     /// The processors are not to go to sleep.
     awake: bool,
 }
@@ -153,6 +163,7 @@ impl Options {
             only: None,
             before: None,
             cipher: None,
+            as_is: false,
             awake: false,
         };
         let mut arguments = std::env::args().skip(1);
@@ -165,6 +176,7 @@ impl Options {
             match argument.as_str() {
                 "--bench" => {}
                 "--full" => (options.full, options.repetitions) = (true, 5),
+                "--as-is" => options.as_is = true,
                 "--awake" => options.awake = true,
                 "--repetitions" => options.repetitions = value()?.parse()?,
                 "--seconds" => options.seconds = value()?.parse()?,

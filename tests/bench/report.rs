@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::Options;
 use super::clients::{Access, Case, Client, Sample};
 use super::floor::Floor;
+use super::network;
 use super::plot;
 use super::servers::{Cipher, Server};
 use super::spread::{Spread, compact, round};
@@ -45,6 +46,7 @@ impl Report {
             "processor": model.map_or("unknown", |(_, model)| model),
             "cores": models.count(),
             "kernel": kernel.trim(),
+            "congestion control": network::congestion_control()?,
             "file in": options.directory,
             "matrix": if options.full { "full" } else { "quick" },
             "repetitions": options.repetitions,

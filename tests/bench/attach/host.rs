@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -19,10 +19,8 @@ use hawser::volumes::{AttachmentId, VolumeId};
 use super::cases::Sample;
 use super::guest::{self, Task};
 use super::report::Report;
-use super::{Options, SIZE};
+use super::{Options, SIZE, network};
 
-/// In the environment of the process that has a network to itself.
-const ALONE: &str = "HAWSER_BENCH_ALONE";
 const TAP: &str = "bench";
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 const GUEST: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
@@ -40,36 +38,13 @@ const PRIORITIES: &str = "[overrides]\n\
     tls-disabled-cipher = AES-256-CCM\n\
     tls-disabled-cipher = AES-128-CCM\n";
 
-/// Starts this program once more with a network of its own, as any user; the status it ended with. Nothing where that was
-/// done already.
-pub(crate) fn alone_on_a_network() -> Result<Option<ExitCode>> {
-    if std::env::var_os(ALONE).is_some() {
-        return Ok(None);
-    }
-    let mut command = Command::new("unshare");
-    command.arg("--net");
-    if !rustix::process::geteuid().is_root() {
-        command.args(["--user", "--map-root-user"]);
-    }
-    let status = command
-        .arg(std::env::current_exe()?)
-        .args(std::env::args_os().skip(1))
-        .env(ALONE, "1")
-        .status()
-        .context("unshare: run `tests/support/install kernel`")?;
-    let code = status.code().and_then(|code| u8::try_from(code).ok());
-    Ok(Some(ExitCode::from(code.unwrap_or(1))))
-}
-
 pub(crate) fn main(options: &Options) -> Result<()> {
     for line in [
-        "link set lo up",
         &format!("tuntap add dev {TAP} mode tap"),
         &format!("address add {HOST}/24 dev {TAP}"),
         &format!("link set {TAP} up"),
     ] {
-        let status = Command::new("ip").args(line.split(' ')).status()?;
-        ensure!(status.success(), "ip {line}: {status}");
+        network::ip(line)?;
     }
     // Elsewhere than in the folders that a machine has for itself.
     let folder = tempfile::tempdir_in("/dev/shm")?;
@@ -87,7 +62,7 @@ pub(crate) fn main(options: &Options) -> Result<()> {
         mode: options.mode,
     };
     let kernel = Kernel::installed()?;
-    let mut report = Report::new(&kernel, options);
+    let mut report = Report::new(&kernel, options)?;
     let built = std::env::current_exe()?;
     let machine = Machine::new(kernel)
         .network(TAP)

@@ -11,6 +11,8 @@ mod control;
 mod driver;
 mod guest;
 mod host;
+#[path = "../network.rs"]
+mod network;
 mod report;
 #[path = "../spread.rs"]
 mod spread;
@@ -33,7 +35,7 @@ fn main() -> Result<ExitCode> {
         return guest::main(&arguments[1..]).map(|()| ExitCode::SUCCESS);
     }
     let options = Options::parse(arguments)?;
-    if let Some(status) = host::alone_on_a_network()? {
+    if let Some(status) = network::alone()? {
         return Ok(status);
     }
     host::main(&options)?;

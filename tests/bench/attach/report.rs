@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::Options;
 use super::cases::Sample;
 use super::guest::HAWSER;
+use super::network;
 use super::spread::{Spread, compact, round};
 
 /// A figure of a run.
@@ -29,18 +30,19 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    pub(crate) fn new(kernel: &Kernel, options: &Options) -> Self {
+    pub(crate) fn new(kernel: &Kernel, options: &Options) -> Result<Self> {
         let machine = json!({
             "guest": kernel.version(),
+            "server's congestion control": network::congestion_control()?,
             "repetitions": options.repetitions,
             "seconds": options.seconds,
             "hawser": env!("CARGO_PKG_VERSION"),
         });
         println!("{machine:#}");
-        Self {
+        Ok(Self {
             machine,
             samples: Vec::new(),
-        }
+        })
     }
 
     pub(crate) fn add(&mut self, sample: Sample) {
