@@ -136,7 +136,9 @@ impl Server {
         for _ in 0..SIZE >> 20 {
             data.write_all(&block)?;
         }
-        let mut process = Command::new(env!("CARGO_BIN_EXE_hawser"))
+        let binary = std::env::var_os("HAWSER_BENCH_BINARY");
+        let binary = binary.unwrap_or_else(|| env!("CARGO_BIN_EXE_hawser").into());
+        let mut process = Command::new(binary)
             .args(["serve", "--tls12", "--listen", &format!("{HOST}:0")])
             .args(["--volume", volume.as_str(), "--directory"])
             .arg(folder)
