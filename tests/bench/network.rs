@@ -1,25 +1,27 @@
 //! A network of the benchmark's own: loopback alone, with congestion control as Linux has it.
 //!
-//! A machine may be set to another one, such as BBR, which sets a timer for what it sends and lets few small packets
-//! be under way: what a server takes then depends more on these timers than on the server.
+//! A machine may be set to another one, such as BBR, with which fewer small requests come at once.
 
 use std::fs;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
 
+/// In the environment of the process that has a network to itself: the network it came from.
 const ALONE: &str = "HAWSER_BENCH_ALONE";
 
 const CONGESTION_CONTROL: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
 
-/// Linux' own, and what comes to the same where nothing is lost. A machine need not allow the first in other networks
-/// than its own.
+/// Linux' own, and what it has besides. A machine need not allow the first in other networks than its own.
 const USUAL: [&str; 2] = ["cubic", "reno"];
 
 /// Starts this program once more with a network of its own, as any user; the status it ended with. Nothing where that was
 /// done already.
 pub(crate) fn alone() -> Result<Option<ExitCode>> {
-    if std::env::var_os(ALONE).is_some() {
+    let here = fs::read_link("/proc/self/ns/net")?;
+    if let Some(outside) = std::env::var_os(ALONE) {
+        // Its settings are about to be changed.
+        ensure!(here.as_os_str() != outside, "this is the machine's network");
         prepare()?;
         return Ok(None);
     }
@@ -31,7 +33,7 @@ pub(crate) fn alone() -> Result<Option<ExitCode>> {
     let status = command
         .arg(std::env::current_exe()?)
         .args(std::env::args_os().skip(1))
-        .env(ALONE, "1")
+        .env(ALONE, here)
         .status()
         .context("unshare: install util-linux")?;
     let code = status.code().and_then(|code| u8::try_from(code).ok());
