@@ -4,19 +4,22 @@
 //! request. A client with many requests in flight does not mind if a few of them are taken together; one that waits for
 //! each answer does. Which kind it is shows when nobody answers for a moment: so now and then a busy session is silent, and
 //! of what comes meanwhile it waits for half from then on. That is at most half of what the client has in flight, so the
-//! client always has answers to go on with, and at most what it sends in half of that moment, so no request waits long.
+//! client always has answers to go on with, and no request waits for longer than the other half took to come.
 
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// How long a session is silent.
-pub(super) const SILENCE: Duration = Duration::from_micros(500);
+/// How long a session is silent, at most: for as long as more comes in each of its steps. Who has everything in flight
+/// sends no more, and is not kept waiting for longer.
+pub(super) const SILENCE: Duration = Duration::from_millis(2);
+pub(super) const STEP: Duration = Duration::from_micros(250);
 
-/// How long it waits for its share at most: twice what it takes at the speed that was seen, for clients send in fits.
-pub(super) const MOMENT: Duration = Duration::from_micros(500);
+/// How long it waits for its share at most: twice what half of the longest silence's bytes take at the speed that was seen, for
+/// clients send in fits. So long may a request be late once, when all others have stopped.
+pub(super) const MOMENT: Duration = SILENCE;
 
-/// The part of what came in the silence that is waited for, and the part that is left of it when it did not come.
+/// The part of what came in the silence that is waited for, and the part of it that is waited for when it did not come.
 const SHARE: usize = 2;
 
 /// Bytes that are waited for at most. The socket has room for twice as many.
@@ -97,9 +100,9 @@ impl Pace {
         self.left = OFTEN;
     }
 
-    /// What was waited for did not come.
-    pub(super) fn vain(&mut self) {
-        self.low_water /= SHARE;
+    /// What was waited for did not come, but so many bytes did.
+    pub(super) fn vain(&mut self, bytes: usize) {
+        self.low_water = self.low_water.min(bytes) / SHARE;
         if self.low_water < LEAST {
             self.look_at_once();
         }
@@ -155,10 +158,13 @@ mod tests {
     fn what_does_not_come_is_not_waited_for_again() {
         let mut pace = Pace::default();
         pace.heard(64 * 50);
-        for left in [1600, 800, 400, 200, 100, 1] {
+        for (came, left) in [(1599, 799), (5000, 399), (300, 150), (4, 1)] {
+            pace.vain(came);
             assert_eq!(pace.low_water(), left);
-            pace.vain();
         }
+        pace.heard(64 * 4178);
+        pace.vain(0);
+        assert_eq!(pace.low_water(), 1);
     }
 
     #[test]

@@ -344,13 +344,13 @@ impl Session {
             Err(OsErrno::INTR) => return Ok(()),
             ready => ready.map_err(Ending::Poll)?,
         };
-        if ready == 0 && low_water > 1 {
-            self.pace.vain();
-        }
         let woken = !fds[1].revents().is_empty();
         // Without interest in either, a peer that is gone would be reported for ever.
         if interest.is_empty() && fds[0].revents().intersects(PollFlags::ERR | PollFlags::HUP) {
             return Err(Ending::Gone);
+        }
+        if ready == 0 && low_water > 1 {
+            self.pace.vain(self.transport.unread()?);
         }
         if woken {
             self.requests.presence.wake.take();
@@ -375,18 +375,31 @@ impl Session {
             return Ok(1);
         }
         if self.pace.is_silence_due() {
-            let silence = Timespec::try_from(pace::SILENCE).ok();
-            let mut fds = [PollFd::new(&*self.requests.presence.wake, PollFlags::IN)];
-            // Who wakes the session meanwhile finds it awake, and is found by the poll(2) that follows.
-            match poll(&mut fds, silence.as_ref()) {
-                Err(OsErrno::INTR) => {}
-                slept => drop(slept.map_err(Ending::Poll)?),
-            }
-            self.pace.heard(self.transport.unread()?);
+            let heard = self.listen()?;
+            self.pace.heard(heard);
         }
         let low_water = self.pace.low_water();
         self.transport.set_low_water(low_water)?;
         Ok(low_water)
+    }
+
+    /// Is silent for a moment; how many bytes came.
+    fn listen(&mut self) -> Result<usize, Ending> {
+        let step = Timespec::try_from(pace::STEP).ok();
+        let began = Instant::now();
+        let mut heard = self.transport.unread()?;
+        loop {
+            let mut fds = [PollFd::new(&*self.requests.presence.wake, PollFlags::IN)];
+            // Who wakes the session meanwhile finds it awake, and is found by the poll(2) that follows.
+            let woken = match poll(&mut fds, step.as_ref()) {
+                Err(OsErrno::INTR) => false,
+                ready => ready.map_err(Ending::Poll)? > 0,
+            };
+            let before = std::mem::replace(&mut heard, self.transport.unread()?);
+            if woken || heard == before || began.elapsed() >= pace::SILENCE {
+                return Ok(heard);
+            }
+        }
     }
 
     /// How long to sleep at most, or that the peer was waited for long enough.
