@@ -1,12 +1,14 @@
 //! `hawser serve` beside nbdkit and qemu-nbd: the same file in memory, the same certificates, the same cipher, driven by
 //! clients that none of the three wrote.
 //!
-//! The servers run side by side and take turns at each case, so that what else the machine does falls on all of them.
+//! The servers run side by side and take turns at each case, so that what else the machine does falls on all of them, and
+//! only while the machine's processors are near each other, so that none has it harder.
 //! What is compared is above all the server's own processor time, which the client's speed hardly touches. Nothing is
 //! asserted: the figures are read by people, beside the goals. `make bench`; `docs/performance.md` says how to read it.
 
 mod awake;
 mod clients;
+mod distance;
 mod floor;
 mod network;
 mod plot;
@@ -21,6 +23,7 @@ use anyhow::{Context, Result, bail};
 
 use self::awake::Awake;
 use self::clients::{Access, Case, Client};
+use self::distance::Distance;
 use self::report::Report;
 use self::servers::{Cipher, Kind, Server, Site};
 
@@ -37,16 +40,23 @@ fn main() -> Result<ExitCode> {
     let site = Site::new(&options.directory, SIZE, options.before.clone())?;
     let _awake = options.awake.then(Awake::keep).transpose()?;
     let mut report = Report::new(&options)?;
+    let mut distance = Distance::watch()?;
     for cipher in [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305] {
         if options.cipher.is_none_or(|only| only == cipher) {
-            measure(&site, cipher, &options, &mut report)?;
+            measure(&site, cipher, &options, &mut distance, &mut report)?;
         }
     }
-    report.finish(options.output.as_deref())?;
+    report.finish(options.output.as_deref(), &distance)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn measure(site: &Site, cipher: Cipher, options: &Options, report: &mut Report) -> Result<()> {
+fn measure(
+    site: &Site,
+    cipher: Cipher,
+    options: &Options,
+    distance: &mut Distance,
+    report: &mut Report,
+) -> Result<()> {
     let mut servers = Vec::new();
     let before = site.before.as_ref().map(|_| Kind::Before);
     for kind in [Kind::Hawser, Kind::Nbdkit, Kind::Qemu]
@@ -73,13 +83,14 @@ fn measure(site: &Site, cipher: Cipher, options: &Options, report: &mut Report) 
     }
     for case in &cases {
         for repetition in 0..options.repetitions {
-            let floor = floor::measure(&site.path("source"), cipher, case)?;
+            let source = site.path("source");
+            let floor = distance.near(|| floor::measure(&source, cipher, case))?;
             report.floor(cipher, case, floor);
             for turn in 0..servers.len() {
                 // Who comes first has no advantage for long.
                 let server = &servers[(turn + repetition) % servers.len()];
-                let sample = case
-                    .run(site, server, cipher, options.seconds)
+                let sample = distance
+                    .near(|| case.run(site, server, cipher, options.seconds))
                     .with_context(|| format!("{case} on {server} with {cipher}"))?;
                 report.sample(cipher, case, server, sample);
             }

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::Options;
 use super::clients::{Access, Case, Client, Sample};
+use super::distance::Distance;
 use super::floor::Floor;
 use super::network;
 use super::plot;
@@ -108,7 +109,8 @@ impl Report {
     }
 
     /// Writes everything down as `OUTPUT.json` and `OUTPUT.svg`.
-    pub(crate) fn finish(&self, output: Option<&Path>) -> Result<()> {
+    pub(crate) fn finish(&self, output: Option<&Path>, distance: &Distance) -> Result<()> {
+        println!("\n{:#}", distance.json());
         let Some(output) = output else {
             return Ok(());
         };
@@ -119,6 +121,7 @@ impl Report {
             .collect();
         let all = json!({
             "machine": self.machine,
+            "distance": distance.json(),
             "figures": "[median, least, most] over the repetitions",
             "cases": cases,
             "memory": self.memory,
