@@ -175,53 +175,68 @@ fn read(
     if range.length == 0 {
         return Ok(reply::none(cookie));
     }
-    let pieces = if whole {
-        vec![Extent {
-            length: range.length,
-            flags: 0,
-        }]
-    } else {
-        pieces(store, range)?
-    };
-    let data = pieces.iter().filter(|piece| piece.flags == 0);
-    let data: usize = data.map(|piece| piece.length as usize).sum();
-    let mut bytes = Vec::with_capacity(data + pieces.len() * (reply::OFFSET_LENGTH + 4));
-    let mut offset = range.offset;
-    for (index, piece) in pieces.iter().enumerate() {
-        let done = index + 1 == pieces.len();
-        let length = piece.length;
-        if piece.flags == 0 {
-            bytes.extend_from_slice(&reply::offset_data(cookie, done, offset, length));
-            store.read(Range { offset, length }, &mut bytes)?;
-        } else {
-            bytes.extend_from_slice(&reply::offset_hole(cookie, done, offset, length));
-        }
-        offset += u64::from(length);
+    let mut bytes = Vec::with_capacity(reply::OFFSET_LENGTH + range.length as usize);
+    let chunk = reply::offset_data(cookie, true, range.offset, range.length);
+    bytes.extend_from_slice(&chunk);
+    store.read(range, &mut bytes)?;
+    if !whole {
+        leave_out_zeroes(&mut bytes, cookie, range);
     }
     Ok(bytes)
 }
 
-/// Data and holes of a range that is read: few, and only holes worth a chunk of their own.
-fn pieces(store: &Store, range: Range) -> Result<Vec<Extent>, Trouble> {
-    let mut pieces: Vec<Extent> = Vec::new();
-    for mut extent in store.extents(range, PIECES)? {
-        if extent.length < WORTHWHILE {
-            extent.flags = 0;
+/// Makes holes of zeroes in a READ's only chunk, where they are worth a chunk of their own.
+///
+/// To look at what was read costs less than to ask the file system, which on tmpfs goes through all pages up to the next
+/// hole, however far that is.
+fn leave_out_zeroes(bytes: &mut Vec<u8>, cookie: Cookie, range: Range) {
+    let pieces = pieces(&bytes[reply::OFFSET_LENGTH..]);
+    if pieces.iter().all(|piece| piece.flags == 0) {
+        return;
+    }
+    // A hole is longer than its chunk and the next one's header, so nothing is overwritten that is still needed.
+    let (mut from, mut to) = (reply::OFFSET_LENGTH, 0);
+    let mut offset = range.offset;
+    for (index, piece) in pieces.iter().enumerate() {
+        let done = index + 1 == pieces.len();
+        let length = piece.length as usize;
+        if piece.flags == 0 {
+            let chunk = reply::offset_data(cookie, done, offset, piece.length);
+            let data = to + chunk.len();
+            bytes.copy_within(from..from + length, data);
+            bytes[to..data].copy_from_slice(&chunk);
+            to = data + length;
+        } else {
+            let chunk = reply::offset_hole(cookie, done, offset, piece.length);
+            bytes[to..to + chunk.len()].copy_from_slice(&chunk);
+            to += chunk.len();
         }
-        push_merged(&mut pieces, extent);
+        from += length;
+        offset += u64::from(piece.length);
     }
-    let covered: u64 = pieces.iter().map(|piece| u64::from(piece.length)).sum();
-    if let Ok(length @ 1..) = u32::try_from(u64::from(range.length) - covered) {
-        push_merged(&mut pieces, Extent { length, flags: 0 });
-    }
-    Ok(pieces)
+    bytes.truncate(to);
 }
 
-fn push_merged(extents: &mut Vec<Extent>, extent: Extent) {
-    match extents.last_mut() {
-        Some(last) if last.flags == extent.flags => last.length += extent.length,
-        _ => extents.push(extent),
+/// Data and zeroes of what was read: few pieces, and only zeroes worth a chunk of their own.
+fn pieces(data: &[u8]) -> Vec<Extent> {
+    let mut pieces: Vec<Extent> = Vec::new();
+    for block in data.chunks(WORTHWHILE as usize) {
+        let zero = block.len() == WORTHWHILE as usize && pieces.len() < PIECES && is_zero(block);
+        let flags = if zero { Extent::HOLE | Extent::ZERO } else { 0 };
+        // A block is that long at most.
+        let length = u32::try_from(block.len()).unwrap_or(WORTHWHILE);
+        match pieces.last_mut() {
+            Some(last) if last.flags == flags => last.length += length,
+            _ => pieces.push(Extent { length, flags }),
+        }
     }
+    pieces
+}
+
+/// Whether all bytes are zero. That is known early where they are not.
+pub(super) fn is_zero(data: &[u8]) -> bool {
+    data.chunks(512)
+        .all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 fn block_status(
@@ -240,4 +255,68 @@ fn block_status(
         bytes.extend_from_slice(&reply::block_status(cookie, done, *id, &extents));
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::nbd::reply::{Chunk, ReplyHeader};
+
+    proptest! {
+        #[test]
+        fn zeroes_are_left_out_and_nothing_else(
+            runs in prop::collection::vec((any::<bool>(), prop_oneof![1_usize..9000, Just(4096), Just(65536)]), 1..140),
+        ) {
+            let data: Vec<u8> = runs
+                .iter()
+                .flat_map(|(zero, length)| std::iter::repeat_n(if *zero { 0 } else { 7 }, *length))
+                .collect();
+            let (cookie, offset) = (Cookie(5), 1 << 40);
+            let range = Range { offset, length: u32::try_from(data.len()).unwrap() };
+            let mut bytes = reply::offset_data(cookie, true, offset, range.length).to_vec();
+            bytes.extend_from_slice(&data);
+            leave_out_zeroes(&mut bytes, cookie, range);
+            let (mut left, mut got, mut chunks, mut ended) = (&bytes[..], Vec::new(), 0, false);
+            while !left.is_empty() {
+                prop_assert!(!ended);
+                let (header, behind) = left.split_at(reply::CHUNK_LENGTH);
+                let ReplyHeader::Chunk { cookie: Cookie(5), kind, done, length } = ReplyHeader::parse(header).unwrap()
+                else {
+                    panic!("no chunk");
+                };
+                let (payload, behind) = behind.split_at(length as usize);
+                let at = range.offset + got.len() as u64;
+                match Chunk::parse(kind, payload).unwrap() {
+                    Chunk::Data { offset, data } if offset == at => got.extend_from_slice(data),
+                    Chunk::Hole { offset, length } if offset == at => {
+                        prop_assert!(length >= WORTHWHILE);
+                        got.resize(got.len() + length as usize, 0);
+                    }
+                    other => panic!("{other:?} at {at}"),
+                }
+                (left, ended, chunks) = (behind, done, chunks + 1);
+            }
+            prop_assert!(ended);
+            prop_assert!(chunks <= PIECES + 1);
+            prop_assert!(got == data);
+            let sum = bytes.len();
+            prop_assert!(sum <= data.len() + reply::OFFSET_LENGTH);
+            if chunks == 1 && data.iter().any(|byte| *byte != 0) {
+                prop_assert_eq!(sum, data.len() + reply::OFFSET_LENGTH);
+            }
+        }
+    }
+
+    #[test]
+    fn a_single_byte_makes_a_range_no_hole() {
+        let mut data = vec![0; 5000];
+        assert!(is_zero(&data));
+        for place in [0, 511, 512, 4999] {
+            data[place] = 1;
+            assert!(!is_zero(&data), "{place}");
+            data[place] = 0;
+        }
+    }
 }

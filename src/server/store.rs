@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::buffer::spare_capacity;
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::{Errno as OsErrno, ReadWriteFlags};
 
@@ -182,20 +183,19 @@ impl Store {
 
     /// Appends exactly that range to `data`.
     pub(super) fn read(&self, range: Range, data: &mut Vec<u8>) -> Result<(), Trouble> {
-        let mut have = data.len();
-        data.resize(have + range.length as usize, 0);
+        let end = data.len() + range.length as usize;
+        data.reserve_exact(range.length as usize);
         let mut at = range.offset;
-        while have < data.len() {
-            match rustix::io::pread(&self.file, &mut data[have..], at) {
+        while data.len() < end {
+            match rustix::io::pread(&self.file, spare_capacity(data), at) {
                 Ok(0) => return Err(self.too_short()),
-                Ok(read) => {
-                    have += read;
-                    at += read as u64;
-                }
+                Ok(read) => at += read as u64,
                 Err(OsErrno::INTR) => {}
                 Err(errno) => return Err(Trouble::io("read")(errno)),
             }
         }
+        // There may have been room for more.
+        data.truncate(end);
         Ok(())
     }
 

@@ -251,7 +251,7 @@ fn c46_replies_come_in_the_order_in_which_they_are_ready_with_their_cookies() {
     bench.service.store.write(0, &[1; 4096]).unwrap();
     let held = bench.hold_workers();
     client.send_write(1, 1 << 20, &vec![7; 1 << 20]);
-    client.send(Command::READ, NONE, 2, (32 << 20, 1 << 20));
+    client.send(Command::READ, NONE, 2, (32 << 20, 2 << 20));
     // A request that needs no worker overtakes them: an error, because not every file system reads without waiting.
     client.send(Command::READ, NONE, 3, (SIZE, 1));
     assert_eq!(client.status(), (3, Errno::EINVAL));
@@ -259,7 +259,7 @@ fn c46_replies_come_in_the_order_in_which_they_are_ready_with_their_cookies() {
     let mut done: Vec<_> = (0..2)
         .map(|_| {
             client
-                .reply(|cookie| if cookie == 2 { 1 << 20 } else { 0 })
+                .reply(|cookie| if cookie == 2 { 2 << 20 } else { 0 })
                 .unwrap()
         })
         .collect();
@@ -423,8 +423,8 @@ fn a_client_that_vanishes_leaves_nothing_behind() {
     let bench = Bench::new();
     let mut client = bench.client(false);
     let held = bench.hold_workers();
-    for cookie in 0..16 {
-        client.send(Command::READ, NONE, cookie, (0, 1 << 20));
+    for cookie in 0..8 {
+        client.send(Command::READ, NONE, cookie, (0, 2 << 20));
     }
     client.send(Command::WRITE, NONE, 99, (0, 1 << 20));
     client.stream.write_all(&[5; 1000]).unwrap();

@@ -9,13 +9,14 @@ use crate::nbd::request::{Range, RawRequest, Request, Rules};
 use crate::nbd::{Cookie, Errno};
 use crate::server::budget::Permit;
 use crate::server::client::Client;
-use crate::server::command::{EXTENTS, Pending, Reply, WORTHWHILE, count};
+use crate::server::command::{EXTENTS, Pending, Reply, WORTHWHILE, count, is_zero};
 use crate::server::exports::Order;
 use crate::server::service::BLOCK_SIZES;
 
 /// READs and WRITEs up to this size are tried at once, without a worker. Above it, the worker's memory and the two
-/// wake-ups cost little beside the bytes.
-const SHORT: u32 = 512 << 10;
+/// wake-ups cost little beside the bytes. A READ needs no memory besides, so it may be longer.
+const SHORT_READ: u32 = 1 << 20;
+const SHORT_WRITE: u32 = 512 << 10;
 
 impl Requests {
     /// Whether there is room for another request, or for the rest of this one.
@@ -225,7 +226,7 @@ impl Requests {
     /// Answers a READ from the page cache, in one chunk, whether or not DF asks for that (`whole`).
     fn read_now(&mut self, cookie: Cookie, range: Range, whole: bool) -> bool {
         let length = range.length as usize;
-        if range.length > SHORT || length == 0 {
+        if range.length > SHORT_READ || length == 0 {
             return false;
         }
         let header = if self.style.structured {
@@ -261,7 +262,7 @@ impl Requests {
 
     /// Carries out a WRITE whose payload is complete, if that takes no worker; whether it did.
     fn write_now(&mut self, cookie: Cookie, range: Range, fua: bool, data: &[u8]) -> bool {
-        if fua || range.length > SHORT {
+        if fua || range.length > SHORT_WRITE {
             return false;
         }
         let store = &self.service.store;
@@ -320,27 +321,5 @@ impl Requests {
         self.service
             .workers
             .submit(move || pending.perform(&service, request, data));
-    }
-}
-
-/// Whether all bytes are zero. That is known early where they are not.
-fn is_zero(data: &[u8]) -> bool {
-    data.chunks(512)
-        .all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_single_byte_makes_a_range_no_hole() {
-        let mut data = vec![0; 5000];
-        assert!(is_zero(&data));
-        for place in [0, 511, 512, 4999] {
-            data[place] = 1;
-            assert!(!is_zero(&data), "{place}");
-            data[place] = 0;
-        }
     }
 }
