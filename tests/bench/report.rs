@@ -218,7 +218,11 @@ impl Measured {
             }
             table.push('\n');
         }
-        if let (Some(floor), Some(ours)) = (self.floor(), self.over_floor()) {
+        if let (Some(floor), Some(ours), Some(with_client)) = (
+            self.floor(),
+            self.over_floor(Floor::sum),
+            self.over_floor(Floor::sum_with_client),
+        ) {
             let part = |part: fn(&Floor) -> f64| {
                 Spread::of(self.floors.iter().map(part)).map_or(0.0, |spread| spread.median)
             };
@@ -233,16 +237,22 @@ impl Measured {
                 ours.least,
                 ours.most,
             );
+            let _ = writeln!(
+                table,
+                "with a peer that handles records: {:.3} loopback; hawser/floor {:.2} ({:.2}-{:.2})",
+                part(|floor| floor.with_client),
+                with_client.median,
+                with_client.least,
+                with_client.most,
+            );
         }
         table
     }
 
-    fn over_floor(&self) -> Option<Spread> {
+    fn over_floor(&self, sum: impl Fn(&Floor) -> f64) -> Option<Spread> {
         let ours = self.samples.get(OURS)?.iter();
-        Spread::of(
-            ours.zip(&self.floors)
-                .map(|(ours, floor)| ours.per_gib() / floor.sum()),
-        )
+        let pairs = ours.zip(&self.floors);
+        Spread::of(pairs.map(|(ours, floor)| ours.per_gib() / sum(floor)))
     }
 
     fn json(&self, cipher: &str) -> Value {
@@ -283,9 +293,11 @@ impl Measured {
             "servers": servers,
             "floor CPU s/GiB": {
                 "loopback": part(|floor| floor.loopback),
+                "loopback with a peer that handles records": part(|floor| floor.with_client),
                 "page cache": part(|floor| floor.page_cache),
                 "cipher": part(|floor| floor.cipher),
-                "hawser/sum": Spread::json(self.over_floor()),
+                "hawser/sum": Spread::json(self.over_floor(Floor::sum)),
+                "hawser/sum with that peer": Spread::json(self.over_floor(Floor::sum_with_client)),
             },
         })
     }
