@@ -30,6 +30,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const NONE: CommandFlags = CommandFlags(0);
 const SIZE: u64 = 64 << 20;
 
+/// A WRITE that goes through a worker.
+const LONG: usize = 2 << 20;
+
 /// A service with one export, and clients for it.
 struct Bench {
     directory: TempDir,
@@ -250,7 +253,7 @@ fn c46_replies_come_in_the_order_in_which_they_are_ready_with_their_cookies() {
     let mut client = bench.client(false);
     bench.service.store.write(0, &[1; 4096]).unwrap();
     let held = bench.hold_workers();
-    client.send_write(1, 1 << 20, &vec![7; 1 << 20]);
+    client.send_write(1, 2 << 20, &vec![7; LONG]);
     client.send(Command::READ, NONE, 2, (32 << 20, 2 << 20));
     // A request that needs no worker overtakes them: an error, because not every file system reads without waiting.
     client.send(Command::READ, NONE, 3, (SIZE, 1));
@@ -295,13 +298,13 @@ fn c57_disc_waits_for_what_was_asked_before() {
     let bench = Bench::new();
     let mut client = bench.client(false);
     let held = bench.hold_workers();
-    client.send_write(1, 0, &vec![7; 1 << 20]);
+    client.send_write(1, 0, &vec![7; LONG]);
     client.send(Command::DISC, NONE, 2, (0, 0));
     bench.in_flight(1);
     drop(held);
     assert_eq!(client.status(), (1, Errno::OK));
     assert!(client.is_closed(), "and no reply to DISC");
-    assert_eq!(bench.file()[..1 << 20], vec![7; 1 << 20]);
+    assert_eq!(bench.file()[..LONG], vec![7; LONG]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -311,7 +314,7 @@ async fn revoking_waits_for_writes_in_flight_and_lets_nothing_follow_them() {
         let bench = Bench::new();
         let mut client = bench.client(structured);
         let held = bench.hold_workers();
-        client.send_write(1, 0, &vec![7; 1 << 20]);
+        client.send_write(1, 0, &vec![7; LONG]);
         bench.in_flight(1);
         exports(&bench).forbid(&bench.export);
         assert_eq!(exports(&bench).order(Some(&bench.export), Order::Close), 1);
@@ -325,7 +328,7 @@ async fn revoking_waits_for_writes_in_flight_and_lets_nothing_follow_them() {
         assert!(client.is_closed(), "the client is cut off at once");
         drop(held);
         tokio::time::timeout(PATIENCE, vacated).await.unwrap();
-        assert_eq!(bench.file()[..1 << 20], vec![expected; 1 << 20]);
+        assert_eq!(bench.file()[..LONG], vec![expected; LONG]);
     }
 }
 
@@ -335,8 +338,8 @@ async fn c60_a_server_that_shuts_down_finishes_what_was_begun() {
     let mut kernel = bench.client(false);
     let mut probe = bench.client(true);
     let held = bench.hold_workers();
-    kernel.send_write(1, 0, &vec![7; 1 << 20]);
-    probe.send_write(1, 1 << 20, &vec![8; 1 << 20]);
+    kernel.send_write(1, 0, &vec![7; LONG]);
+    probe.send_write(1, LONG as u64, &vec![8; LONG]);
     bench.in_flight(2);
     bench.service.draining.store(true, Ordering::Release);
     bench.wake.wake();
@@ -356,8 +359,8 @@ async fn c60_a_server_that_shuts_down_finishes_what_was_begun() {
     let vacated = exports(&bench).vacated(None);
     tokio::time::timeout(PATIENCE, vacated).await.unwrap();
     let file = bench.file();
-    assert_eq!(file[..1 << 20], vec![7; 1 << 20]);
-    assert_eq!(file[1 << 20..2 << 20], vec![8; 1 << 20]);
+    assert_eq!(file[..LONG], vec![7; LONG]);
+    assert_eq!(file[LONG..2 * LONG], vec![8; LONG]);
 }
 
 #[test]

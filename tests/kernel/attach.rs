@@ -54,7 +54,7 @@ fn works(connections: u8) -> Result<()> {
             .join(device.path.file_name().context("a name")?)
             .join("queue");
         let shown = |name| fs::read_to_string(queue.join(name));
-        ensure!(shown("max_sectors_kb")?.trim() == "4096");
+        ensure!(shown("max_sectors_kb")?.trim() == "1024");
         ensure!(shown("logical_block_size")?.trim() == "512");
         ensure!(
             shown("scheduler")?.contains("[none]"),

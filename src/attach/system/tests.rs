@@ -145,7 +145,7 @@ fn k12_live_sockets_are_the_established_ones() {
 }
 
 #[test]
-fn k29_requests_become_large_but_not_larger_than_the_server_takes() {
+fn k29_requests_are_as_large_as_the_server_likes() {
     let fake = Fake::new();
     let queue = |name| format!("sys/block/nbd0/queue/{name}");
     for (name, text) in [
@@ -157,7 +157,7 @@ fn k29_requests_become_large_but_not_larger_than_the_server_takes() {
         fake.write(&queue(name), text);
     }
     fake.system.tune(0, Some(32 << 20));
-    assert_eq!(fake.read(&queue("max_sectors_kb")), "4096");
+    assert_eq!(fake.read(&queue("max_sectors_kb")), "1024");
     assert_eq!(fake.read(&queue("read_ahead_kb")), "1024");
     assert_eq!(fake.read(&queue("scheduler")), "none");
     fake.system.tune(0, Some(64 << 10));

@@ -14,9 +14,8 @@ use crate::server::exports::Order;
 use crate::server::service::BLOCK_SIZES;
 
 /// READs and WRITEs up to this size are tried at once, without a worker. Above it, the worker's memory and the two
-/// wake-ups cost little beside the bytes. A READ needs no memory besides, so it may be longer.
-const SHORT_READ: u32 = 1 << 20;
-const SHORT_WRITE: u32 = 512 << 10;
+/// wake-ups cost little beside the bytes. The node plugin's devices ask for no more.
+const SHORT: u32 = 1 << 20;
 
 impl Requests {
     /// Whether there is room for another request, or for the rest of this one.
@@ -226,7 +225,7 @@ impl Requests {
     /// Answers a READ from the page cache, in one chunk, whether or not DF asks for that (`whole`).
     fn read_now(&mut self, cookie: Cookie, range: Range, whole: bool) -> bool {
         let length = range.length as usize;
-        if range.length > SHORT_READ || length == 0 {
+        if range.length > SHORT || length == 0 {
             return false;
         }
         let header = if self.style.structured {
@@ -262,7 +261,7 @@ impl Requests {
 
     /// Carries out a WRITE whose payload is complete, if that takes no worker; whether it did.
     fn write_now(&mut self, cookie: Cookie, range: Range, fua: bool, data: &[u8]) -> bool {
-        if fua || range.length > SHORT_WRITE {
+        if fua || range.length > SHORT {
             return false;
         }
         let store = &self.service.store;

@@ -27,7 +27,7 @@ impl fmt::Display for Case {
     }
 }
 
-/// All cases: 4 KiB to 1 MiB, in order and at random, and the file system's way of reading in order.
+/// All cases: 4 KiB to 4 MiB, in order and at random, and the file system's way of reading in order.
 pub(crate) fn all() -> Vec<Case> {
     let mut cases = Vec::new();
     for access in ["randread", "randwrite", "read", "write"] {
@@ -40,12 +40,14 @@ pub(crate) fn all() -> Vec<Case> {
             });
         }
     }
-    cases.push(Case {
-        access: "randread",
-        kib: 4,
-        depth: 1,
-        direct: true,
-    });
+    for (access, kib, depth) in [("read", 4096, 2), ("write", 4096, 2), ("randread", 4, 1)] {
+        cases.push(Case {
+            access,
+            kib,
+            depth,
+            direct: true,
+        });
+    }
     cases.push(Case {
         access: "read",
         kib: 128,

@@ -109,7 +109,7 @@ async fn devices(task: &Task) -> Result<()> {
 async fn settings(task: &Task) -> Result<()> {
     const QUEUE: [(&str, &[&str]); 4] = [
         ("scheduler", &["mq-deadline"]),
-        ("max_sectors_kb", &["128", "512", "1280", "16384"]),
+        ("max_sectors_kb", &["128", "512", "1280", "4096"]),
         ("read_ahead_kb", &["128", "512", "4096"]),
         ("nr_requests", &["32"]),
     ];
