@@ -16,43 +16,44 @@ pub(crate) struct Case {
     access: &'static str,
     kib: u32,
     depth: u32,
+    /// Requests that fio makes with one system call, at most.
+    batch: u32,
     /// Past the page cache, as O_DIRECT says; else through it, as a file system reads.
     direct: bool,
 }
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let way = if self.direct { "" } else { " buffered" };
-        write!(f, "{} {}K depth {}{way}", self.access, self.kib, self.depth)
+        write!(f, "{} {}K depth {}", self.access, self.kib, self.depth)?;
+        if self.batch > 1 {
+            write!(f, " batches of {}", self.batch)?;
+        }
+        f.write_str(if self.direct { "" } else { " buffered" })
     }
 }
 
-/// All cases: 4 KiB to 4 MiB, in order and at random, and the file system's way of reading in order.
+/// All cases: 4 KiB to 4 MiB, in order and at random, and the file system's way of reading in order. Small requests also in
+/// batches, for where each takes a system call the machine is busy with those.
 pub(crate) fn all() -> Vec<Case> {
+    let case = |access, kib, depth, batch| Case {
+        access,
+        kib,
+        depth,
+        batch,
+        direct: true,
+    };
     let mut cases = Vec::new();
     for access in ["randread", "randwrite", "read", "write"] {
-        for (kib, depth) in [(4, 32), (256, 8), (1024, 4)] {
-            cases.push(Case {
-                access,
-                kib,
-                depth,
-                direct: true,
-            });
+        for (kib, depth, batch) in [(4, 32, 1), (4, 32, 16), (256, 8, 1), (1024, 4, 1)] {
+            cases.push(case(access, kib, depth, batch));
         }
     }
     for (access, kib, depth) in [("read", 4096, 2), ("write", 4096, 2), ("randread", 4, 1)] {
-        cases.push(Case {
-            access,
-            kib,
-            depth,
-            direct: true,
-        });
+        cases.push(case(access, kib, depth, 1));
     }
     cases.push(Case {
-        access: "read",
-        kib: 128,
-        depth: 1,
         direct: false,
+        ..case("read", 128, 1, 1)
     });
     cases
 }
@@ -100,6 +101,8 @@ impl Case {
             } else {
                 "--ioengine=psync"
             })
+            .arg(format!("--iodepth_batch_submit={}", self.batch))
+            .arg(format!("--iodepth_batch_complete_max={}", self.batch))
             .args(["--norandommap", "--randrepeat=0", "--output-format=json"])
             // Through the page cache, a second time round would measure nothing but it.
             .args(self.direct.then_some("--time_based"))
