@@ -15,8 +15,8 @@ const SECTOR: u64 = 512;
 /// How often a device that is coming or going is looked at.
 const GLANCE: Duration = Duration::from_millis(10);
 
-/// The largest single request. The kernel's own limit is 1280 KiB, or 4 MiB from 6.13 on (K29), but what is beyond 1 MiB a server
-/// has to put together in memory of its own, and it holds up all that wait behind it on its connection.
+/// The largest single request. The kernel's default is 1280 KiB, or 4 MiB from 6.13 on (K29), but what is beyond 1 MiB our server
+/// puts together in memory of its own, and it holds up all that wait behind it on its connection.
 const MAX_SECTORS_KB: u64 = 1024;
 
 /// Two round trips' worth of a sequential reader at 10 Gbit/s; the kernel's 128 KiB are made for local disks.
